@@ -1,0 +1,42 @@
+# Everything from a fresh clone; needs Python 3.10 or newer, and make.
+PYTHON ?= python3
+
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+
+.PHONY: demo test lint video diagrams clean
+.DELETE_ON_ERROR:
+
+demo: .venv/server  ## both recipes on the sample clip
+	$(BIN)/python -m deploy.demo
+
+test: .venv/dev  ## the tests, against a real TorchServe
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+video: .venv/dev  ## data/sample_video.mp4 anew
+	$(BIN)/python data/make_sample_video.py
+
+diagrams: .venv/dev  ## architecture/*.png anew
+	$(BIN)/python architecture/render.py
+
+clean:
+	rm -rf .venv
+
+# What is installed where: the edge device's packages and the server's, and for developers the rest.
+.venv/server: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet '.[server]'
+	touch $@
+
+.venv/dev: .venv/server
+	$(BIN)/python -m pip install --quiet '.[server,dev]'
+	touch $@

