@@ -1,0 +1,369 @@
+"""request.py as a user runs it: every frame once and in order, and one clear line for all that goes wrong."""
+
+import base64
+import hashlib
+import http.server
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from deploy.node import PROJECT, Node, free_ports, torchserve
+from tests.conftest import CATS, archive, frames_of, jpeg, outputs, post, run
+
+MODEL = ["--model", "efficientnet-lite0"]
+
+
+@pytest.fixture(scope="session")
+def batch_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A TorchServe with an archive for client batching."""
+    folder = tmp_path_factory.mktemp("batch_node")
+    archive(*MODEL, "--client-batching", cwd=folder)
+    with torchserve(folder, ["efficientnet-lite0"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def short_clip(tmp_path_factory: pytest.TempPathFactory, clip: list[npt.NDArray[np.uint8]]) -> Path:
+    """22 frames at 100 fps: not a multiple of the batch size, and over soon."""
+    path = tmp_path_factory.mktemp("clip") / "short clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 100, (640, 480))
+    for frame in clip[: 22 * 15 : 15]:
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def predictions_asked(node: Node) -> int:
+    """Return how many requests for predictions a node has answered."""
+    return node.log().count('"POST /predictions/')
+
+
+def test_torchserve_batches_the_sample_clip(node: Node) -> None:
+    asked = predictions_asked(node)
+    done = run("request.py", *MODEL, "--url", node.url, cwd=node.folder)
+    assert done.returncode == 0, done.stderr
+    assert predictions_asked(node) - asked == 375
+    found = outputs(done.stdout)
+    assert [output.number for output in found] == [*range(20, 361, 20), 375]
+    for output in found:
+        assert output.batch_size == 4
+        assert len(output.answers) == 4
+        assert all(next(iter(answer)) in CATS for answer in output.answers)
+    # 375 frames at 25 a second: the first at once, the last after 14.96 s.
+    summary = done.stderr.splitlines()
+    assert len(summary) == 1
+    assert summary[0].startswith("frames: 375 answered, 0 failed, in 1")
+    assert 10 < float(summary[0].split()[-2]) <= 375 / 14.96
+    assert all(0 < output.fps < 375 / 10 for output in found)
+
+
+def test_client_batches_the_sample_clip(batch_node: Node) -> None:
+    assert batch_node.describe("efficientnet-lite0")["batchSize"] == 1
+    asked = predictions_asked(batch_node)
+    done = run("request.py", *MODEL, "--url", batch_node.url, "--client-batching", cwd=batch_node.folder)
+    assert done.returncode == 0, done.stderr
+    assert predictions_asked(batch_node) - asked == 94  # 93 batches of 4, and one of 3
+    found = outputs(done.stdout)
+    assert [output.number for output in found] == [*range(20, 361, 20), 375]
+    assert [len(output.answers[0]) for output in found] == [4] * 18 + [3]
+    for output in found:
+        (batch,) = output.answers
+        assert all(next(iter(answer)) in CATS for answer in batch)
+
+
+def test_every_answer_belongs_to_its_frame(node: Node, short_clip: Path) -> None:
+    expected = [post(node, MODEL[1], jpeg(frame)).json() for frame in frames_of(short_clip)]
+    assert len({json.dumps(answer) for answer in expected}) == 22
+    command = ["request.py", *MODEL, "--url", node.url, "--input", str(short_clip), "--log-every", "1"]
+
+    single = outputs(run(*command, "--batch_size", "1", cwd=node.folder).stdout)
+    assert [output.number for output in single] == list(range(1, 23))
+    assert [output.answers[0] for output in single] == [pytest.approx(answer, abs=1e-5) for answer in expected]
+
+    batches = outputs(run(*command, "--client-batching", "--batch-size", "5", cwd=node.folder).stdout)
+    assert [output.number for output in batches] == [5, 10, 15, 20, 22]
+    assert [len(output.answers[0]) for output in batches] == [5, 5, 5, 5, 2]
+    answers = [answer for output in batches for answer in output.answers[0]]
+    assert answers == [pytest.approx(answer, abs=1e-5) for answer in expected]
+
+
+class FakeServer(http.server.ThreadingHTTPServer):
+    """Stands in for a TorchServe that answers out of order, or in a way that TorchServe never would.
+
+    The prediction of a frame is its hash. `behaviour` makes the answer from a request's frames and their number.
+    """
+
+    def __init__(self, behaviour: str) -> None:
+        super().__init__(("127.0.0.1", free_ports(1)[0]), FakeHandler)
+        self.behaviour = behaviour
+        self.lock = threading.Lock()
+        self.bodies: list[bytes] = []
+        self.tokens: set[str | None] = set()
+
+
+class FakeHandler(http.server.BaseHTTPRequestHandler):
+    server: FakeServer
+    protocol_version = "HTTP/1.1"
+
+    def do_OPTIONS(self) -> None:
+        self.reply(200, b"{}")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.tokens.add(self.headers["Authorization"])
+            number = len(self.server.bodies)
+        as_json = self.headers["Content-Type"] == "application/json"
+        frames = [base64.b64decode(frame) for frame in json.loads(body).values()] if as_json else [body]
+        answers = [{hashlib.sha256(frame).hexdigest(): 1.0} for frame in frames]
+        match self.server.behaviour:
+            case "out of order":
+                time.sleep(0.3 if number % 3 == 1 else 0.0)
+                self.reply(200, json.dumps(answers if as_json else answers[0]).encode())
+            case "html":
+                self.reply(200, b"<html>maintenance</html>")
+            case "too few":
+                self.reply(200, json.dumps(answers[1:]).encode())
+            case "not predictions":
+                self.reply(200, json.dumps([7] * len(answers) if as_json else 7).encode())
+            case "backpressure":
+                self.reply(503, json.dumps({"code": 503, "type": "X", "message": "has no worker"}).encode())
+            case "redirect":
+                self.send_response(302)
+                self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+            case "reset":
+                self.close_connection = True
+
+    def reply(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeServer]:
+    server = FakeServer(request.param)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("fake", ["out of order"], indirect=True)
+@pytest.mark.parametrize("flags", [["--batch-size", "1"], ["--batch-size", "3", "--client-batching"]], ids=str)
+def test_answers_that_overtake_each_other_are_shown_in_frame_order(
+    fake: FakeServer, flags: list[str], short_clip: Path, tmp_path: Path
+) -> None:
+    expected = [hashlib.sha256(jpeg(frame)).hexdigest() for frame in frames_of(short_clip)]
+    address = f"http://127.0.0.1:{fake.server_port}/"
+    environment = {"TORCHSERVE_TOKEN": "of the environment"}
+    command = ["request.py", "--url", address, "--input", str(short_clip), "--log-every", "1", *flags]
+    done = run(*command, cwd=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stderr
+    shown = [answer for output in outputs(done.stdout) for answer in output.answers]
+    if "--client-batching" in flags:
+        shown = [answer for batch in shown for answer in batch]
+    assert [next(iter(answer)) for answer in shown] == expected
+    assert len(set(fake.bodies)) == len(fake.bodies) == (8 if "--client-batching" in flags else 22)
+    assert fake.tokens == {"Bearer of the environment"}
+
+
+@pytest.mark.parametrize(
+    ("fake", "reason"),
+    [
+        ("html", "the answer is not JSON"),
+        ("too few", "the answer does not fit"),
+        ("not predictions", "the answer does not fit"),
+        ("backpressure", "503 has no worker"),
+        ("redirect", "302"),
+        ("reset", "no answer: "),
+    ],
+    indirect=["fake"],
+)
+@pytest.mark.parametrize("flags", [[], ["--client-batching"]], ids=str)
+def test_frames_without_a_prediction_are_counted_as_failed(
+    fake: FakeServer, reason: str, flags: list[str], short_clip: Path, tmp_path: Path
+) -> None:
+    address = f"http://127.0.0.1:{fake.server_port}"
+    done = run("request.py", "--url", address, "--input", short_clip, *flags, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "frames: 0 answered, 22 failed" in done.stderr
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_frames_of_a_batch_do_not_hide_the_good_ones(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
+    """A frame that TorchServe cannot read fails alone. OpenCV sends none such, so the client is asked directly."""
+    from edge.cameras import Frame
+    from edge.client import Failure, TorchServe, read_answers
+
+    frames = [Frame(number, 0.0, jpeg(clip[number])) for number in range(3)]
+    frames[1] = Frame(1, 0.0, b"no image")
+    with TorchServe(node.url, MODEL[1], node.folder / "key_file.json", max_in_flight=1) as server:
+        server.wait_until_ready(0.0, threading.Event())
+        good, bad, other = read_answers(server.ask(frames, as_json=True), 3, as_json=True)
+        assert not isinstance(good, Failure)
+        assert not isinstance(other, Failure)
+        assert isinstance(bad, Failure)
+        assert bad.startswith("not an image")
+        (alone,) = read_answers(server.ask(frames[1:2], as_json=False), 1, as_json=False)
+        assert isinstance(alone, Failure)
+        assert alone.startswith("400 not an image")
+
+
+def error_of(*arguments: str | Path, cwd: Path, code: int, environment: dict[str, str] | None = None) -> str:
+    """Run request.py, which must fail with this exit code and one line; return the line."""
+    done = run("request.py", *arguments, cwd=cwd, environment=environment)
+    lines: list[str] = [line for line in done.stderr.splitlines() if not line.startswith("waiting up to")]
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("request.py: ")
+    return lines[0]
+
+
+def test_missing_server(tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+    error = error_of("--url", address, "--server-wait", "1", cwd=tmp_path, code=4)
+    assert f"no server at {address}" in error
+    assert "Connection refused" in error
+
+
+def test_missing_token(node: Node, tmp_path: Path) -> None:
+    error = error_of(*MODEL, "--url", node.url, cwd=tmp_path, code=4)
+    assert "wants a token" in error
+    assert "--token-file FILE" in error
+    assert "TORCHSERVE_TOKEN" in error
+
+
+def test_wrong_token(node: Node, tmp_path: Path) -> None:
+    environment = {"TORCHSERVE_TOKEN": "wrong-token"}
+    error = error_of(*MODEL, "--url", node.url, cwd=tmp_path, code=4, environment=environment)
+    assert "refuses the token from TORCHSERVE_TOKEN" in error
+    assert "wrong-token" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "can't read the token file"), ("{}", "no key file"), ("not JSON", "no key file")]
+)
+def test_bad_token_file(node: Node, tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "keys.json").write_text(content)
+    assert message in error_of("--url", node.url, "--token-file", "keys.json", cwd=tmp_path, code=4)
+
+
+def test_token_file_from_elsewhere(node: Node, short_clip: Path, tmp_path: Path) -> None:
+    key_file = node.folder / "key_file.json"
+    done = run("request.py", *MODEL, "--url", node.url, "--input", short_clip, "--token-file", key_file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_model_that_is_not_loaded(node: Node) -> None:
+    error = error_of("--model", "resnet-50", "--url", node.url, cwd=node.folder, code=4)
+    assert "has no model resnet-50" in error
+    assert "--models resnet-50=resnet-50.mar" in error
+
+
+def test_absent_camera(tmp_path: Path) -> None:
+    assert "no camera 63" in error_of("--input", "63", cwd=tmp_path, code=3)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    assert "no such file: gone.mp4" in error_of("--input", "gone.mp4", cwd=tmp_path, code=3)
+
+
+def test_file_that_is_no_video(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_text("this is no video")
+    assert "clip.mp4 is no video that OpenCV can read" in error_of("--input", "clip.mp4", cwd=tmp_path, code=3)
+
+
+def test_unreachable_stream_keeps_its_password(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}/live"
+    error = error_of("--input", f"http://admin:hunter2@{address}", cwd=tmp_path, code=3)
+    assert f"can't open http://{address}" in error
+    assert "hunter2" not in error
+    assert "admin" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "0"], "expected a whole number from 1"),
+        (["--log-every", "x"], "expected a whole number from 1"),
+        (["--url", "127.0.0.1:8080"], "expected http://host:port"),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, flags: list[str], message: str) -> None:
+    done = run("request.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_finishes_what_is_on_its_way(node: Node, number: signal.Signals) -> None:
+    asked = predictions_asked(node)
+    command = [sys.executable, str(PROJECT / "request.py"), *MODEL, "--url", node.url, "--log-every", "10"]
+    with subprocess.Popen(
+        command, cwd=node.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        first = process.stdout.readline()
+        assert "frame number 10" in first
+        process.send_signal(number)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = outputs(first + rest)[-1].number
+    assert last < 375
+    assert f"frames: {last} answered, 0 failed" in errors
+    assert predictions_asked(node) - asked == last
+
+
+def test_interrupted_while_waiting_for_a_server(tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+    command = [sys.executable, str(PROJECT / "request.py"), "--url", address]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert "waiting up to 30 s" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+
+
+def test_reader_of_the_output_that_leaves_ends_the_run_quietly(node: Node) -> None:
+    command = [sys.executable, str(PROJECT / "request.py"), *MODEL, "--url", node.url, "--log-every", "1"]
+    with subprocess.Popen(
+        command, cwd=node.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_edge_device_needs_no_torch() -> None:
+    code = "import sys, request; print({'torch', 'torchvision', 'ts', 'handler'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
