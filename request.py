@@ -29,7 +29,7 @@ import requests
 
 from edge.buffer import Buffer
 from edge.cameras import Camera, Frame, SourceError
-from edge.client import Failure, Prediction, ServerError, TorchServe, read_answers
+from edge.client import Failure, NoAnswer, Prediction, ServerError, TorchServe, read_answers
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_video.mp4"
@@ -113,12 +113,15 @@ class Terminal:
 
 
 def stream(camera: Camera, server: TorchServe, args: argparse.Namespace, stop: threading.Event) -> int:
-    """Run the pipeline until the camera ends or `stop` is set; return 0 if every frame was answered, else 1."""
+    """Run the pipeline until the camera ends or `stop` is set; return 0 if every frame was answered, else 1.
+
+    Raises SourceError if the camera fails, ServerError if the server does not answer any more.
+    """
     per_request = args.batch_size if args.client_batching else 1
     buffer: Buffer[Frame] = Buffer(BATCHES_IN_FLIGHT * args.batch_size)
     in_flight: Buffer[Request] = Buffer(server.max_in_flight)
     terminal = Terminal(args.batch_size, args.client_batching, args.log_every)
-    answered, failures = 0, Counter[str]()
+    answered, failures, gave_up = 0, Counter[str](), False
     start = time.monotonic()
 
     with ThreadPoolExecutor(2, thread_name_prefix="pipeline") as threads:
@@ -135,6 +138,9 @@ def stream(camera: Camera, server: TorchServe, args: argparse.Namespace, stop: t
                     else:
                         answered += 1
                 terminal.show(frames, answers)
+                if any(isinstance(answer, NoAnswer) for answer in answers):
+                    gave_up = True
+                    stop.set()  # More frames would only wait behind these.
             terminal.flush()
         finally:
             stop.set()
@@ -150,6 +156,8 @@ def stream(camera: Camera, server: TorchServe, args: argparse.Namespace, stop: t
         print(f"{count} failed: {reason}", file=sys.stderr)
     for thread in (reader, sender):
         thread.result()  # Raises what ended the thread.
+    if gave_up:
+        raise ServerError(f"{server.url} stopped answering: are the model's workers up? See TorchServe's logs/")
     return 1 if failed else 0
 
 

@@ -37,6 +37,10 @@ class Failure(str):
     """Why a frame got no prediction, in one line."""
 
 
+class NoAnswer(Failure):
+    """The server kept us waiting for longer than it may."""
+
+
 class BearerToken(AuthBase):
     """Sends the inference token; read anew from its source by load().
 
@@ -76,9 +80,9 @@ class TorchServe:
 
     def __init__(self, url: str, model: str, token_file: Path | None, max_in_flight: int) -> None:
         self.max_in_flight = max_in_flight
-        self._url = url.rstrip("/")
+        self.url = url.rstrip("/")
         self._model = model
-        self._predictions = f"{self._url}/predictions/{quote(model, safe='')}"
+        self._predictions = f"{self.url}/predictions/{quote(model, safe='')}"
         self._token = BearerToken(token_file)
         self._session = FuturesSession(max_workers=max_in_flight)
         self._session.auth = self._token
@@ -108,19 +112,19 @@ class TorchServe:
                     self._predictions, timeout=CONNECT_TIMEOUT_S, allow_redirects=False
                 ).result(timeout=3 * CONNECT_TIMEOUT_S)
             except requests.exceptions.SSLError as error:
-                raise ServerError(f"no trusted TLS connection to {self._url}: {innermost(error)}") from error
+                raise ServerError(f"no trusted TLS connection to {self.url}: {innermost(error)}") from error
             except (requests.ConnectionError, requests.Timeout, FutureTimeoutError) as error:
                 if time.monotonic() >= deadline:
                     raise ServerError(
-                        f"no server at {self._url} ({innermost(error)}): start TorchServe, or pass its address as --url"
+                        f"no server at {self.url} ({innermost(error)}): start TorchServe, or pass its address as --url"
                     ) from error
             except requests.RequestException as error:
-                raise ServerError(f"can't use {self._url}: {error}") from error
+                raise ServerError(f"can't use {self.url}: {error}") from error
             else:
                 self._check(response)
                 return
             if not announced:
-                print(f"waiting up to {timeout_s:g} s for TorchServe at {self._url}", file=sys.stderr)
+                print(f"waiting up to {timeout_s:g} s for TorchServe at {self.url}", file=sys.stderr)
                 announced = True
             stop.wait(POLL_S)
 
@@ -129,17 +133,17 @@ class TorchServe:
         kind = error_type(response)
         if kind == "InvalidKeyException" and self._token.source:
             raise ServerError(
-                f"{self._url} refuses the token from {self._token.source}: it is wrong or has expired; "
+                f"{self.url} refuses the token from {self._token.source}: it is wrong or has expired; "
                 f"a current one is in the key_file.json of the directory where TorchServe was started"
             )
         if kind == "InvalidKeyException":
             raise ServerError(
-                f"{self._url} wants a token: run this in the directory where TorchServe was started, whose "
+                f"{self.url} wants a token: run this in the directory where TorchServe was started, whose "
                 f"key_file.json holds it, or pass --token-file FILE, or set TORCHSERVE_TOKEN"
             )
         if kind in ("ModelNotFoundException", "ModelVersionNotFoundException"):
             raise ServerError(
-                f"{self._url} has no model {self._model}: start TorchServe with --models {self._model}="
+                f"{self.url} has no model {self._model}: start TorchServe with --models {self._model}="
                 f"{self._model}.mar, or pass the name of the model it serves as --model"
             )
 
@@ -167,10 +171,12 @@ def read_answers(future: "Future[requests.Response]", count: int, as_json: bool)
     Never raises for what the network or the server does: that is the frames' failure.
     """
     try:
-        response = future.result(timeout=2 * (CONNECT_TIMEOUT_S + ANSWER_TIMEOUT_S))
+        response = future.result(timeout=2 * ANSWER_TIMEOUT_S)
     except requests.Timeout:
-        return [Failure(f"no answer within {ANSWER_TIMEOUT_S:g} s")] * count
-    except (requests.RequestException, FutureTimeoutError) as error:
+        return [NoAnswer(f"no answer within {ANSWER_TIMEOUT_S:g} s")] * count
+    except FutureTimeoutError:
+        return [NoAnswer(f"no whole answer within {2 * ANSWER_TIMEOUT_S:g} s")] * count
+    except requests.RequestException as error:
         return [Failure(f"no answer: {innermost(error)}")] * count
     if response.status_code != requests.codes.ok:
         return [Failure(f"{response.status_code} {error_text(response)}")] * count

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import request as request_py
 from deploy.node import PROJECT, Node, free_ports, torchserve
 from tests.conftest import CATS, archive, frames_of, jpeg, outputs, post, run
 
@@ -106,6 +107,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
     def __init__(self, behaviour: str) -> None:
         super().__init__(("127.0.0.1", free_ports(1)[0]), FakeHandler)
         self.behaviour = behaviour
+        self.closing = threading.Event()
         self.lock = threading.Lock()
         self.bodies: list[bytes] = []
         self.tokens: set[str | None] = set()
@@ -144,6 +146,9 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
                 self.send_header("Location", "/elsewhere")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
+            case "silent":
+                self.server.closing.wait(30)
+                self.close_connection = True
             case "reset":
                 self.close_connection = True
 
@@ -163,6 +168,7 @@ def fake(request: pytest.FixtureRequest) -> Iterator[FakeServer]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
+    server.closing.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -210,6 +216,32 @@ def test_frames_without_a_prediction_are_counted_as_failed(
     assert "frames: 0 answered, 22 failed" in done.stderr
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fake", ["silent"], indirect=True)
+def test_server_that_never_answers_ends_the_run(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
+    before = threading.active_count()
+    assert request_py.main(["--url", f"http://127.0.0.1:{fake.server_port}", "--batch-size", "1"]) == 4
+    printed = capsys.readouterr()
+    failed = len(fake.bodies)
+    assert 0 < failed < 20
+    assert f"frames: 0 answered, {failed} failed" in printed.err
+    assert "no answer within 1 s" in printed.err
+    assert printed.err.splitlines()[-1].startswith(f"request.py: http://127.0.0.1:{fake.server_port} stopped answering")
+    assert printed.out == ""
+    fake.closing.set()
+    wait_until(lambda: threading.active_count() <= before)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_bad_frames_of_a_batch_do_not_hide_the_good_ones(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
