@@ -27,6 +27,9 @@ from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 from ts.utils.util import load_label_mapping, map_class_to_label
 
+# The most that a picture's long edge may be of its short one. A picture of 1 x 65,000 is small until it is resized.
+MAX_ASPECT_RATIO = 32
+
 # Says in every answer how many frames went through the network together with this request's.
 BATCH_HEADER = "X-Forward-Batch-Size"
 
@@ -46,7 +49,9 @@ def build_network(name: str, classes: int) -> torch.nn.Module:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB, the way up that its EXIF says."""
+    """Return a picture of any mode as RGB, the way up that its EXIF says. Raises ValueError for a sliver."""
+    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
+        raise ValueError("{} x {} pixels, expected a shape of at most {} to 1".format(*picture.size, MAX_ASPECT_RATIO))
     if picture.mode.startswith("I;16"):
         # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
         picture = picture.point(lambda value: value / 256).convert("L")

@@ -169,8 +169,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     def http_url(text: str) -> str:
         url = urlsplit(text)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise argparse.ArgumentTypeError(f"expected http://host:port or https://host:port, got {text!r}")
+        if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
+            raise argparse.ArgumentTypeError("expected http://host:port or https://host:port, without user or password")
         return text
 
     parser = argparse.ArgumentParser(

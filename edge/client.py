@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -54,20 +55,25 @@ class BearerToken(AuthBase):
         self._token: str | None = None
 
     def load(self) -> None:
-        """Read the token. Raises ServerError if its file can't be read or is no key file."""
-        self.source, self._token = "", None
-        if self._token_file is None and os.environ.get("TORCHSERVE_TOKEN"):
-            self.source, self._token = "TORCHSERVE_TOKEN", os.environ["TORCHSERVE_TOKEN"].strip()
-            return
+        """Read the token. Raises ServerError if its file can't be read or if there is no token in it."""
         path = self._token_file or Path("key_file.json")
-        if self._token_file is None and not path.exists():
+        if self._token_file is None and (token := os.environ.get("TORCHSERVE_TOKEN", "").strip()):
+            self.source = "TORCHSERVE_TOKEN"
+        elif self._token_file is None and not path.exists():
+            self.source, self._token = "", None
             return
-        try:
-            self.source, self._token = str(path), str(json.loads(path.read_text(encoding="utf-8"))["inference"]["key"])
-        except OSError as error:
-            raise ServerError(f"can't read the token file {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
+        else:
+            self.source = str(path)
+            try:
+                token = str(json.loads(path.read_text(encoding="utf-8"))["inference"]["key"])
+            except OSError as error:
+                raise ServerError(f"can't read the token file {path}: {error.strerror}") from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise ServerError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
+        # Anything else would end in an error of the HTTP library that shows it.
+        if not re.fullmatch("[!-~]+", token):
+            raise ServerError(f"what is in {self.source} is no token: expected printable ASCII without spaces")
+        self._token = token
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._token:
@@ -214,9 +220,10 @@ def error_type(response: requests.Response) -> str:
 
 
 def error_text(response: requests.Response) -> str:
-    """Return what an error answer says, in one line."""
+    """Return what an error answer says, in one line that a terminal can show."""
     body = error_body(response)
-    return str(body.get("error") or body.get("message") or response.reason)
+    text = str(body.get("error") or body.get("message") or response.reason)
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())[:300]
 
 
 def innermost(error: BaseException) -> str:

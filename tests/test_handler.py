@@ -155,6 +155,7 @@ BAD_FRAMES = {
     "empty": b"",
     "text": b"this is no image",
     "truncated": encoded(Image.fromarray(skimage.data.chelsea()), "JPEG")[:9000],
+    "sliver": encoded(Image.new("L", (1, 65_000)), "PNG"),
     "bomb": encoded(Image.new("1", (20_000, 20_000)), "PNG"),
 }
 

@@ -295,6 +295,13 @@ def test_wrong_token(node: Node, tmp_path: Path) -> None:
     assert "wrong-token" not in error
 
 
+@pytest.mark.parametrize("token", ["two words", "two\nlines", "ß"])
+def test_token_that_is_none(tmp_path: Path, token: str) -> None:
+    error = error_of(cwd=tmp_path, code=4, environment={"TORCHSERVE_TOKEN": token})
+    assert "what is in TORCHSERVE_TOKEN is no token" in error
+    assert token not in error
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "can't read the token file"), ("{}", "no key file"), ("not JSON", "no key file")]
 )
@@ -343,6 +350,7 @@ def test_unreachable_stream_keeps_its_password(tmp_path: Path) -> None:
         (["--batch-size", "0"], "expected a whole number from 1"),
         (["--log-every", "x"], "expected a whole number from 1"),
         (["--url", "127.0.0.1:8080"], "expected http://host:port"),
+        (["--url", "http://user:password@127.0.0.1:8080"], "without user or password"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, flags: list[str], message: str) -> None:
