@@ -79,6 +79,26 @@ def test_client_batching_archive_tells_torchserve_not_to_wait(tmp_path: Path) ->
     assert config["handler"]["network"] == "efficientnet-lite0"
 
 
+def test_new_archive_takes_the_place_of_the_old_one_at_once(tmp_path: Path, weights: Path) -> None:
+    store, others = tmp_path / "model_store", tmp_path / "tmp" / "resnet-18"
+    for folder in (store, others):
+        folder.mkdir(parents=True)
+    (store / "resnet-18.mar").write_bytes(b"the archive of yesterday")
+    (others / "precious").write_text("the archiver deletes a folder of this name")
+    with (store / "resnet-18.mar").open("rb") as being_read:
+        done = run("create_mar_file.py", "--weights", weights, cwd=tmp_path, environment={"TMPDIR": str(others.parent)})
+        assert done.returncode == 0, done.stderr
+        # Whoever is reading the old file still has it whole: nothing was written into it.
+        assert being_read.read() == b"the archive of yesterday"
+    assert zipfile.is_zipfile(store / "resnet-18.mar")
+    assert (others / "precious").exists()
+
+
+def test_nothing_is_written_before_the_inputs_are_checked(tmp_path: Path) -> None:
+    assert create_mar_file.main(["--weights", "missing.pth"]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 class Malicious:
     """Unpickled with code allowed, it would run a command."""
 
