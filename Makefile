@@ -33,6 +33,7 @@ clean:
 # What is installed where: the edge device's packages and the server's, and for developers the rest.
 .venv/server: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo "installing into .venv: PyTorch is large, the first time takes minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet '.[server]'
 	touch $@

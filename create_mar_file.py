@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -102,8 +103,11 @@ def load_network(model: str, weights: Path, classes: int) -> torch.nn.Module:
     except FileNotFoundError as error:
         raise ArchiveError(f"no weights file {weights}") from error
     except Exception as error:  # Unpickling a file that is no such thing can raise anything.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArchiveError(f"can't load {weights} as a PyTorch state dict (weights only, no code): {reason}") from error
+        # Not torch's own words: they advise to load the file with whatever code is in it.
+        raise ArchiveError(
+            f"can't load {weights} ({type(error).__name__}): it is damaged, or holds more than weights; expected what "
+            f"torch.save(model.state_dict()) writes. If it is torch's cached copy, delete it and run again"
+        ) from error
     if not isinstance(state, Mapping):
         raise ArchiveError(
             f"{weights} holds a {type(state).__name__}, expected a state dict: torch.save(m.state_dict())"
@@ -112,11 +116,9 @@ def load_network(model: str, weights: Path, classes: int) -> torch.nn.Module:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ArchiveError(
-            f"{weights} does not fit {model} with {classes} classes "
-            f"(for another number of classes pass --labels FILE): {reason[:300]}"
-        ) from error
+        hint = " (for another number of classes pass --labels FILE)" if classes == len(imagenet_labels()) else ""
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise ArchiveError(f"{weights} does not fit {model} with {classes} classes{hint}: {reason}") from error
     return network
 
 
@@ -139,7 +141,7 @@ def model_config(model: str, client_batching: bool) -> dict[str, object]:
     }
     if client_batching:
         # A request is a batch already: none is held back to wait for others. What stands here wins over
-        # config.properties and over TorchServe's snapshots; 1 ms is the shortest delay it takes.
+        # config.properties, though not over a snapshot; 1 ms is the shortest delay TorchServe takes.
         config |= {"batchSize": 1, "maxBatchDelay": 1}
     return config
 
@@ -225,9 +227,12 @@ def main(argv: list[str] | None = None) -> int:
             weights = embedded_weights()
         network = load_network(args.model, weights, len(labels))
         archive = write_archive(Path("model_store"), args.model, network, labels, args.client_batching)
-    except (ArchiveError, OSError) as error:
+    except ArchiveError as error:
         print(f"create_mar_file.py: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, ArchiveError) else 1
+        return error.exit_code
+    except OSError as error:
+        print(f"create_mar_file.py: can't write the archive into model_store: {error}", file=sys.stderr)
+        return 1
     print(f"{archive}: {args.model}, {len(labels)} classes, for {'JSON batches' if args.client_batching else 'frames'}")
     return 0
 

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from edge.buffer import Buffer
+from edge.buffer import WAKE_UP_S, Buffer
 from edge.cameras import Camera, Frame, SourceError
 from edge.client import Failure, NoAnswer, Prediction, ServerError, TorchServe, read_answers
 
@@ -41,12 +41,18 @@ RATE_WINDOW_S = 10.0
 Request = tuple[list[Frame], "Future[requests.Response]"]
 
 
-def read(camera: Camera, buffer: Buffer[Frame], stop: threading.Event) -> None:
-    """The reader thread: put the camera's frames into the buffer."""
+def read(camera: Camera, buffer: Buffer[Frame], ahead: int, answering: threading.Event, stop: threading.Event) -> None:
+    """The reader thread: put the camera's frames into the buffer.
+
+    The first `ahead` frames, those of one request, go ahead alone. Until the server is `answering`, its workers may
+    still be loading the model, and whatever is read meanwhile would only grow old.
+    """
     try:
         for frame in camera.frames(stop):
             if not buffer.put(frame):
                 break
+            while frame.number == ahead and not stop.is_set() and not answering.wait(WAKE_UP_S):
+                pass
     finally:
         buffer.close()
 
@@ -66,28 +72,32 @@ def send(buffer: Buffer[Frame], server: TorchServe, batch_size: int, as_json: bo
 class Terminal:
     """Prints, every `log_every` frames, the rate of answers and the last of them.
 
-    The rate is answered frames over time: that of the last RATE_WINDOW_S seconds, at the start since the first frame
-    was captured.
+    The rate is answered frames over time, of the last RATE_WINDOW_S seconds. The clock starts with the first answer,
+    which is late when a worker had to load the model for it; if there is no other, it starts with that frame's capture.
     """
 
     def __init__(self, batch_size: int, as_json: bool, log_every: int) -> None:
         self._batch_size = batch_size
         self._as_json = as_json
         self._log_every = log_every
-        self._start = math.inf
         self._number = 0
-        self._answered: deque[tuple[float, int]] = deque()  # when, how many frames
+        self._start = 0.0
+        self._first_rate = 0.0
+        self._answered: deque[tuple[float, int]] = deque()  # when, how many frames; without the first answer
         self._last: deque[Prediction | dict[str, str]] = deque(maxlen=batch_size)
         self._is_news = False
 
     def show(self, frames: Sequence[Frame], answers: Sequence[Prediction | Failure]) -> None:
         """Take the answers to the next frames, in frame order."""
+        now = time.monotonic()
         predictions = [answer for answer in answers if not isinstance(answer, Failure)]
+        if self._number == 0:
+            self._start, self._first_rate = now, len(predictions) / (now - frames[0].captured_at)
+        else:
+            self._answered.append((now, len(predictions)))
         is_due = frames[-1].number // self._log_every > self._number // self._log_every
         self._number = frames[-1].number
-        self._start = min(self._start, frames[0].captured_at)
         if predictions:
-            self._answered.append((time.monotonic(), len(predictions)))
             self._is_news = True
             if self._as_json:
                 self._last.clear()  # One list, as it was answered.
@@ -102,10 +112,12 @@ class Terminal:
         if not self._is_news:
             return
         self._is_news = False
-        now = time.monotonic()
-        while self._answered and self._answered[0][0] < now - RATE_WINDOW_S:
-            self._answered.popleft()
-        fps = sum(count for _, count in self._answered) / min(RATE_WINDOW_S, now - self._start)
+        fps = self._first_rate
+        if self._answered:
+            now = self._answered[-1][0]
+            while self._answered[0][0] <= now - RATE_WINDOW_S:
+                self._answered.popleft()
+            fps = sum(count for _, count in self._answered) / min(RATE_WINDOW_S, now - self._start)
         print(f"With Batch Size {self._batch_size}, FPS at frame number {self._number} is {fps:.1f}")
         for block in [list(self._last)] if self._as_json else self._last:
             print(json.dumps(block, indent=2))
@@ -121,15 +133,19 @@ def stream(camera: Camera, server: TorchServe, args: argparse.Namespace, stop: t
     buffer: Buffer[Frame] = Buffer(BATCHES_IN_FLIGHT * args.batch_size)
     in_flight: Buffer[Request] = Buffer(server.max_in_flight)
     terminal = Terminal(args.batch_size, args.client_batching, args.log_every)
+    answering = threading.Event()
     answered, failures, gave_up = 0, Counter[str](), False
-    start = time.monotonic()
+    start, first_s = time.monotonic(), 0.0
 
     with ThreadPoolExecutor(2, thread_name_prefix="pipeline") as threads:
-        reader = threads.submit(read, camera, buffer, stop)
+        reader = threads.submit(read, camera, buffer, per_request, answering, stop)
         sender = threads.submit(send, buffer, server, per_request, args.client_batching, in_flight)
         try:
             for frames, future in in_flight:
                 answers = read_answers(future, len(frames), args.client_batching)
+                if not answering.is_set():
+                    answering.set()
+                    first_s = time.monotonic() - frames[0].captured_at
                 for frame, answer in zip(frames, answers, strict=True):
                     if isinstance(answer, Failure):
                         if answer not in failures:
@@ -149,7 +165,8 @@ def stream(camera: Camera, server: TorchServe, args: argparse.Namespace, stop: t
 
     failed = failures.total()
     print(
-        f"frames: {answered} answered, {failed} failed, in {seconds:.1f} s: {answered / seconds:.1f} FPS",
+        f"frames: {answered} answered, {failed} failed, in {seconds:.1f} s, the first after {first_s:.1f} s: "
+        f"{answered / seconds:.1f} FPS",
         file=sys.stderr,
     )
     for reason, count in failures.most_common():
@@ -166,6 +183,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not text.isdecimal() or int(text) < 1:
             raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
         return int(text)
+
+    def seconds(text: str) -> float:
+        number = float(text)
+        if not 0 <= number < math.inf:
+            raise ValueError
+        return number
 
     def http_url(text: str) -> str:
         url = urlsplit(text)
@@ -195,7 +218,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         default=str(SAMPLE),
-        help="a video file, the number of a device such as 0, or the URL of a stream (default: the clip in data/)",
+        help="a video file, a device such as 0 or /dev/video0, or the URL of a stream (default: the clip in data/)",
     )
     parser.add_argument(
         "--url",
@@ -219,7 +242,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--server-wait",
-        type=float,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long to wait for a server that is not up yet (default: %(default)g)",

@@ -48,8 +48,10 @@ def main() -> int:
                 run("create_mar_file.py", "--model", model, *recipe, folder=folder)
                 print(f"\nstarting TorchServe with {model}", flush=True)
                 with torchserve(folder, [model]) as node:
-                    run("request.py", "--url", node.url, "--model", model, *recipe, folder=folder)
+                    options = ["--url", node.url, "--model", model, "--log-every", "100"]
+                    run("request.py", *options, *recipe, folder=folder)
                 print("TorchServe has stopped", flush=True)
+            print("\nBoth ways work. README.md has the commands to type, and what they do.")
     except subprocess.CalledProcessError as error:
         return error.returncode
     except NodeError as error:

@@ -35,21 +35,24 @@ class Frame:
 class Camera:
     """An open source of frames.
 
-    name: a path, a URL, or the number of a device such as "0".
+    name: a video file, a URL, or a device: its number such as "0", or its path such as /dev/video0.
 
     Raises SourceError if it can't be opened.
     """
 
     def __init__(self, name: str) -> None:
         self.label = redact(name)
-        self._is_device = name.isdecimal()
+        path = Path(name)
+        self._is_device = name.isdecimal() or path.is_char_device()
         self._is_file = not self._is_device and "://" not in name
-        if self._is_file and not Path(name).is_file():
+        if self._is_file and not path.exists():
             raise SourceError(f"no such file: {name}")
+        if self._is_file and path.is_dir():
+            raise SourceError(f"{name} is a folder, expected a video file")
         # What goes wrong is said by SourceError, in one line, and not by OpenCV and FFmpeg as well.
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-        self._capture = cv2.VideoCapture(int(name)) if self._is_device else cv2.VideoCapture(name)
+        self._capture = cv2.VideoCapture(int(name) if name.isdecimal() else name)
         if not self._capture.isOpened():
             if self._is_device:
                 raise SourceError(f"no camera {name}: check that it is plugged in and that no other program uses it")

@@ -139,8 +139,9 @@ class TorchServe:
         kind = error_type(response)
         if kind == "InvalidKeyException" and self._token.source:
             raise ServerError(
-                f"{self.url} refuses the token from {self._token.source}: it is wrong or has expired; "
-                f"a current one is in the key_file.json of the directory where TorchServe was started"
+                f"{self.url} refuses the token from {self._token.source}: it is not the inference key of this server, "
+                f"or it has expired (they live for 60 minutes, unless token_expiration_min is set; a restart of "
+                f"TorchServe writes new ones into its key_file.json)"
             )
         if kind == "InvalidKeyException":
             raise ServerError(

@@ -64,7 +64,7 @@ def test_demo_streams_both_ways(scratch: Path) -> None:
     assert printed.count("frames: 375 answered, 0 failed") == 2
     lines = [line for line in printed.splitlines() if line.startswith(("With", "{", "}", "[", "]", " "))]
     found = outputs("".join(f"{line}\n" for line in lines))
-    assert [output.number for output in found] == [*range(20, 361, 20), 375] * 2
+    assert [output.number for output in found] == [100, 200, 300, 375] * 2
     for output in found:
         answers = output.answers[0] if isinstance(output.answers[0], list) else output.answers
         assert all(next(iter(answer)) in CATS for answer in answers)

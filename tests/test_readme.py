@@ -118,7 +118,9 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     build, start, stream, stop = commands("TorchServe batches")
     build_2, start_2, stream_2, stream_10, stop_2 = commands("The client batches")
     (curl,) = commands("How it works")
-    first = [build, start, stream, DESCRIBE, curl, stop]
+    (renew,) = commands("When something is wrong")
+    keys = "cat key_file.json"
+    first = [build, start, stream, DESCRIBE, curl, keys, renew, keys, curl, stop]
     second = [build_2, start_2, stream_2, DESCRIBE, stream_10, stop_2]
     printed = type_in(first + second, workplace, environment)
 
@@ -127,9 +129,12 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     assert all(len(answer) == 5 for output in frames for answer in output.answers)
     assert (description["batchSize"], description["maxBatchDelay"]) == (4, 40)
     assert len(answer) == 5
+    old, new = (json.loads(printed[step])["inference"]["key"] for step in (5, 7))
+    assert old != new
+    assert json.loads(printed[8]) == answer
 
     # The archive's own settings hold, though no --ts-config is given and the first recipe was run in the same folder.
-    batches, description, tens = outputs(printed[8]), json.loads(printed[9])[0], outputs(printed[10])
+    batches, description, tens = outputs(printed[12]), json.loads(printed[13])[0], outputs(printed[14])
     assert_shows_the_clip(batches, batch_size=4)
     assert all(len(output.answers[0]) == 4 for output in batches[:-1])
     assert (description["batchSize"], description["maxBatchDelay"]) == (1, 1)

@@ -19,6 +19,8 @@ import pytest
 
 import request as request_py
 from deploy.node import PROJECT, Node, free_ports, torchserve
+from edge.cameras import Frame
+from edge.client import Failure, TorchServe, read_answers
 from tests.conftest import CATS, archive, frames_of, jpeg, outputs, post, run
 
 MODEL = ["--model", "efficientnet-lite0"]
@@ -98,6 +100,46 @@ def test_every_answer_belongs_to_its_frame(node: Node, short_clip: Path) -> None
     assert answers == [pytest.approx(answer, abs=1e-5) for answer in expected]
 
 
+STEADY = [100 + 0.1 * number for number in range(1, 21)]  # the first frame is captured at 100.0 s
+SLOWER = [100 + 0.1 * number for number in range(1, 101)] + [110.0 + number for number in range(1, 21)]
+
+
+@pytest.mark.parametrize(
+    ("answered_at", "failed", "expected"),
+    [
+        (STEADY, set(), [10.0, 10.0]),
+        (STEADY, set(range(2, 21, 2)), [4 / 0.9, 9 / 1.9]),  # Failed frames take their time, and do not count.
+        ([107.0, *[7 + when for when in STEADY]], set(), [10.0, 10.0]),  # The first answer took 7 s: a worker loaded.
+        (SLOWER, set(), [10.0] * 10 + [1.0, 1.0]),  # Only the last 10 s count.
+    ],
+    ids=["steady", "half of them failed", "the first one late", "slower"],
+)
+def test_fps_is_answered_frames_over_time(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answered_at: list[float],
+    failed: set[int],
+    expected: list[float],
+) -> None:
+    terminal = request_py.Terminal(batch_size=4, as_json=False, log_every=10)
+    for number, now in enumerate(answered_at, start=1):
+        monkeypatch.setattr("time.monotonic", lambda now=now: now)
+        answer = Failure("no answer") if number in failed else {"cat": 1.0}
+        terminal.show([Frame(number, 100.0 if number == 1 else now - 0.1, b"")], [answer])
+    assert [output.fps for output in outputs(capsys.readouterr().out)] == pytest.approx(expected, abs=0.051)
+
+
+def test_fps_of_a_single_answer_counts_from_its_capture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = request_py.Terminal(batch_size=4, as_json=True, log_every=10)
+    monkeypatch.setattr("time.monotonic", lambda: 100.5)
+    terminal.show([Frame(1, 100.0, b""), Frame(2, 100.1, b"")], [{"cat": 1.0}, {"dog": 1.0}])
+    terminal.flush()
+    (output,) = outputs(capsys.readouterr().out)
+    assert (output.number, output.fps, output.answers) == (2, 4.0, [[{"cat": 1.0}, {"dog": 1.0}]])
+
+
 class FakeServer(http.server.ThreadingHTTPServer):
     """Stands in for a TorchServe that answers out of order, or in a way that TorchServe never would.
 
@@ -110,6 +152,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.closing = threading.Event()
         self.lock = threading.Lock()
         self.bodies: list[bytes] = []
+        self.asked_before_first_answer = 0
         self.tokens: set[str | None] = set()
 
 
@@ -132,6 +175,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         match self.server.behaviour:
             case "out of order":
                 time.sleep(0.3 if number % 3 == 1 else 0.0)
+                if number == 1:
+                    self.server.asked_before_first_answer = len(self.server.bodies)
                 self.reply(200, json.dumps(answers if as_json else answers[0]).encode())
             case "html":
                 self.reply(200, b"<html>maintenance</html>")
@@ -181,7 +226,7 @@ def test_answers_that_overtake_each_other_are_shown_in_frame_order(
 ) -> None:
     expected = [hashlib.sha256(jpeg(frame)).hexdigest() for frame in frames_of(short_clip)]
     address = f"http://127.0.0.1:{fake.server_port}/"
-    environment = {"TORCHSERVE_TOKEN": "of the environment"}
+    environment = {"TORCHSERVE_TOKEN": "of-the-environment"}
     command = ["request.py", "--url", address, "--input", str(short_clip), "--log-every", "1", *flags]
     done = run(*command, cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
@@ -190,7 +235,8 @@ def test_answers_that_overtake_each_other_are_shown_in_frame_order(
         shown = [answer for batch in shown for answer in batch]
     assert [next(iter(answer)) for answer in shown] == expected
     assert len(set(fake.bodies)) == len(fake.bodies) == (8 if "--client-batching" in flags else 22)
-    assert fake.tokens == {"Bearer of the environment"}
+    assert fake.asked_before_first_answer == 1, "the first request goes ahead alone"
+    assert fake.tokens == {"Bearer of-the-environment"}
 
 
 @pytest.mark.parametrize(
@@ -226,6 +272,7 @@ def test_server_that_never_answers_ends_the_run(
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
     before = threading.active_count()
     assert request_py.main(["--url", f"http://127.0.0.1:{fake.server_port}", "--batch-size", "1"]) == 4
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeline")] == []
     printed = capsys.readouterr()
     failed = len(fake.bodies)
     assert 0 < failed < 20
@@ -246,9 +293,6 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 def test_bad_frames_of_a_batch_do_not_hide_the_good_ones(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
     """A frame that TorchServe cannot read fails alone. OpenCV sends none such, so the client is asked directly."""
-    from edge.cameras import Frame
-    from edge.client import Failure, TorchServe, read_answers
-
     frames = [Frame(number, 0.0, jpeg(clip[number])) for number in range(3)]
     frames[1] = Frame(1, 0.0, b"no image")
     with TorchServe(node.url, MODEL[1], node.folder / "key_file.json", max_in_flight=1) as server:
@@ -331,6 +375,11 @@ def test_absent_file(tmp_path: Path) -> None:
     assert "no such file: gone.mp4" in error_of("--input", "gone.mp4", cwd=tmp_path, code=3)
 
 
+def test_folder_and_device_that_are_no_cameras(tmp_path: Path) -> None:
+    assert "is a folder" in error_of("--input", ".", cwd=tmp_path, code=3)
+    assert "no camera /dev/null" in error_of("--input", "/dev/null", cwd=tmp_path, code=3)
+
+
 def test_file_that_is_no_video(tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_text("this is no video")
     assert "clip.mp4 is no video that OpenCV can read" in error_of("--input", "clip.mp4", cwd=tmp_path, code=3)
@@ -348,6 +397,7 @@ def test_unreachable_stream_keeps_its_password(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--batch-size", "0"], "expected a whole number from 1"),
+        (["--server-wait", "-1"], "invalid seconds value"),
         (["--log-every", "x"], "expected a whole number from 1"),
         (["--url", "127.0.0.1:8080"], "expected http://host:port"),
         (["--url", "http://user:password@127.0.0.1:8080"], "without user or password"),
