@@ -22,6 +22,7 @@ from deploy.node import PROJECT, Node, free_ports, torchserve
 from edge.cameras import Frame
 from edge.client import Failure, TorchServe, read_answers
 from tests.conftest import CATS, archive, frames_of, jpeg, outputs, post, run
+from tests.test_cameras import Capture
 
 MODEL = ["--model", "efficientnet-lite0"]
 
@@ -284,6 +285,20 @@ def test_server_that_never_answers_ends_the_run(
     wait_until(lambda: threading.active_count() <= before)
 
 
+@pytest.mark.parametrize("fake", ["out of order"], indirect=True)
+@pytest.mark.parametrize("flags", [[], ["--client-batching", "--batch-size", "2"]], ids=str)
+def test_camera_that_stops_ends_the_run_after_its_last_frame(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    monkeypatch.setattr("cv2.VideoCapture", Capture)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert request_py.main(["--input", "7", "--url", f"http://127.0.0.1:{fake.server_port}", *flags]) == 3
+    printed = capsys.readouterr()
+    assert "frames: 3 answered, 0 failed" in printed.err
+    assert printed.err.splitlines()[-1] == "request.py: 7 delivers no frames any more"
+    assert outputs(printed.out)[-1].number == 3
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -356,8 +371,11 @@ def test_bad_token_file(node: Node, tmp_path: Path, content: str | None, message
 
 
 def test_token_file_from_elsewhere(node: Node, short_clip: Path, tmp_path: Path) -> None:
+    """The flag counts for more than the variable."""
     key_file = node.folder / "key_file.json"
-    done = run("request.py", *MODEL, "--url", node.url, "--input", short_clip, "--token-file", key_file, cwd=tmp_path)
+    environment = {"TORCHSERVE_TOKEN": "wrong-token"}
+    command = ["request.py", *MODEL, "--url", node.url, "--input", str(short_clip), "--token-file", str(key_file)]
+    done = run(*command, cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
 
 
