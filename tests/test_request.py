@@ -179,6 +179,10 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
                 if number == 1:
                     self.server.asked_before_first_answer = len(self.server.bodies)
                 self.reply(200, json.dumps(answers if as_json else answers[0]).encode())
+            case "some fail" if number % 3 == 0:
+                self.reply(503, json.dumps({"code": 503, "type": "X", "message": "has no worker"}).encode())
+            case "some fail":
+                self.reply(200, json.dumps(answers if as_json else answers[0]).encode())
             case "html":
                 self.reply(200, b"<html>maintenance</html>")
             case "too few":
@@ -263,6 +267,19 @@ def test_frames_without_a_prediction_are_counted_as_failed(
     assert "frames: 0 answered, 22 failed" in done.stderr
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fake", ["some fail"], indirect=True)
+@pytest.mark.parametrize(("flags", "failed"), [([], 7), (["--client-batching", "--batch-size", "2"], 6)], ids=str)
+def test_one_failed_frame_is_enough_for_exit_code_1(
+    fake: FakeServer, flags: list[str], failed: int, short_clip: Path, tmp_path: Path
+) -> None:
+    address = f"http://127.0.0.1:{fake.server_port}"
+    done = run("request.py", "--url", address, "--input", short_clip, "--log-every", "1", *flags, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"frames: {22 - failed} answered, {failed} failed" in done.stderr
+    assert f"{failed} failed: 503 has no worker" in done.stderr
+    assert len(outputs(done.stdout)) == len(fake.bodies) - len(fake.bodies) // 3
 
 
 @pytest.mark.parametrize("fake", ["silent"], indirect=True)
