@@ -120,7 +120,7 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     (curl,) = commands("How it works")
     (renew,) = commands("When something is wrong")
     keys = "cat key_file.json"
-    first = [build, start, stream, DESCRIBE, curl, keys, renew, keys, curl, stop]
+    first = [build, start, stream, DESCRIBE, curl, keys, renew, keys, curl, "ss -ltnH", stop]
     second = [build_2, start_2, stream_2, DESCRIBE, stream_10, stop_2]
     printed = type_in(first + second, workplace, environment)
 
@@ -132,9 +132,13 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     old, new = (json.loads(printed[step])["inference"]["key"] for step in (5, 7))
     assert old != new
     assert json.loads(printed[8]) == answer
+    listening = {line.split()[3].rpartition(":")[0] for line in printed[9].splitlines()}
+    assert listening <= {"127.0.0.1", "[::ffff:127.0.0.1]"}
+    assert len(printed[9].splitlines()) >= 3
+    assert "Allowed Urls: [none]" in printed[1]
 
     # The archive's own settings hold, though no --ts-config is given and the first recipe was run in the same folder.
-    batches, description, tens = outputs(printed[12]), json.loads(printed[13])[0], outputs(printed[14])
+    batches, description, tens = outputs(printed[13]), json.loads(printed[14])[0], outputs(printed[15])
     assert_shows_the_clip(batches, batch_size=4)
     assert all(len(output.answers[0]) == 4 for output in batches[:-1])
     assert (description["batchSize"], description["maxBatchDelay"]) == (1, 1)
