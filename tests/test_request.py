@@ -465,6 +465,20 @@ def test_interrupted_run_finishes_what_is_on_its_way(node: Node, number: signal.
     assert predictions_asked(node) - asked == last
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("fake", ["silent"], indirect=True)
+def test_second_interrupt_does_not_wait_for_answers(fake: FakeServer, tmp_path: Path) -> None:
+    command = [sys.executable, str(PROJECT / "request.py"), "--url", f"http://127.0.0.1:{fake.server_port}"]
+    with subprocess.Popen(command, cwd=tmp_path) as process:
+        wait_until(lambda: bool(fake.bodies))
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)  # It waits for the answer to the frame that is on its way.
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == -signal.SIGINT
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_interrupted_while_waiting_for_a_server(tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
     command = [sys.executable, str(PROJECT / "request.py"), "--url", address]
