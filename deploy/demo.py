@@ -37,7 +37,8 @@ def interrupt(*_: object) -> None:
 
 
 def main() -> int:
-    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP.
+    # SIGINT too: a shell that starts us in the background has it ignored. Windows has no SIGHUP.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), interrupt)
     try:
