@@ -1,187 +1,210 @@
-"""Stream a video to TorchServe and print what it sees: the program of an edge device.
+"""Stream cameras to TorchServe and tell what it sees: the program of an edge device.
 
-A reader thread reads frames with OpenCV and encodes them as JPEG. A sender thread posts them to TorchServe without
-waiting for answers: each frame as a request of its own, which TorchServe gathers into batches, or, with
---client-batching, n frames as one JSON batch. The main thread takes the answers in frame order and prints them.
+Each camera has a reader thread, which reads frames with OpenCV and encodes them as JPEG. One sender thread takes them
+from the cameras in turn and posts them to TorchServe without waiting for answers: each frame as a request of its own,
+which TorchServe gathers into batches, or, with --client-batching, n frames as one JSON batch. The main thread puts the
+results of each camera into frame order and gives them to the sinks.
 
-    camera -> reader thread -> buffer -> sender thread -> requests in flight -> main thread -> terminal
+    cameras -> reader threads -> buffer -> sender thread -> requests in flight -> main thread -> sinks
 
-Predictions go to standard output, all else to standard error. Exit codes: 0 every frame was answered, 1 some were
-not, 2 wrong usage, 3 the source can't be read, 4 the server can't be used, 130 interrupted.
+Every frame that was captured gets one result: answered, failed, dropped or expired. Answers go to standard output, all
+else to standard error. Exit codes: 0 every frame was answered, or dropped as it was asked for, 1 some failed, 2 wrong
+usage, 3 a source can't be read, 4 the server can't be used, 130 interrupted.
 """
 
 import argparse
-import json
+import logging
 import math
 import os
+import queue
 import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import methodcaller
 from pathlib import Path
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-import requests
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from edge.buffer import WAKE_UP_S, Buffer
+from edge.buffer import Buffer, DropPolicy, InOrder
 from edge.cameras import Camera, Frame, SourceError
-from edge.client import Failure, NoAnswer, Prediction, ServerError, TorchServe, read_answers
+from edge.check import check
+from edge.client import ServerError, TorchServe
+from edge.sinks import JsonLines, Progress, Sink, SinkError, Terminal, Video, Window
+from edge.stats import Books, Outcome, Result, table
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE / "data" / "sample_video.mp4"
 # Enough that TorchServe always finds a whole batch waiting while its workers are busy with others.
 BATCHES_IN_FLIGHT = 4
-RATE_WINDOW_S = 10.0
+FRAMES_WAITING = 4  # of each camera, or a JSON batch if that is more: enough for a hiccup, little enough to stay fresh
+RESULTS_WAITING = 1000  # Beyond that, a slow sink slows down everything before it.
+POLL_S = 0.1
+STOP_TIMEOUT_S = 10.0  # for a camera that hangs in the driver
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
-# The frames of a request, and its answer to come.
-Request = tuple[list[Frame], "Future[requests.Response]"]
+log = logging.getLogger("edge")
+
+Deliver = Callable[[Result], None]
 
 
-def read(camera: Camera, buffer: Buffer[Frame], ahead: int, answering: threading.Event, stop: threading.Event) -> None:
-    """The reader thread: put the camera's frames into the buffer.
+@dataclass(frozen=True)
+class End:
+    """The last that comes from a thread, with what ended it."""
 
-    The first `ahead` frames, those of one request, go ahead alone. Until the server is `answering`, its workers may
-    still be loading the model, and whatever is read meanwhile would only grow old.
-    """
+    error: BaseException | None
+
+
+def read(camera: Camera, book: Books, buffer: Buffer, deliver: Deliver, stop: threading.Event) -> None:
+    """A reader thread: put a camera's frames into the buffer, and report those that had to go."""
     try:
         for frame in camera.frames(stop):
-            if not buffer.put(frame):
-                break
-            while frame.number == ahead and not stop.is_set() and not answering.wait(WAKE_UP_S):
-                pass
+            book.captured += 1
+            if dropped := buffer.put(frame):
+                deliver(unsent(dropped, "dropped", "the run ended" if stop.is_set() else "buffer full"))
     finally:
-        buffer.close()
+        buffer.close(camera)
 
 
-def send(buffer: Buffer[Frame], server: TorchServe, batch_size: int, as_json: bool, in_flight: Buffer[Request]) -> None:
-    """The sender thread: post `batch_size` frames at a time; the last batch may be smaller."""
-    frames = iter(buffer)
+def send(
+    buffer: Buffer, server: TorchServe, per_request: int, max_age_s: float, deliver: Deliver, stop: threading.Event
+) -> None:
+    """The sender thread: post the frames, `per_request` at a time, unless they have become too old."""
     try:
-        while batch := list(islice(frames, batch_size)):
-            if not in_flight.put((batch, server.ask(batch, as_json))):
+        while True:
+            # Room first: while frames wait for it in the buffer, the stalest can still be dropped.
+            server.wait_for_room()
+            frames = buffer.take(per_request)
+            if not frames:
                 break
+            oldest, is_ending, fresh = time.monotonic() - max_age_s, stop.is_set(), []
+            for frame in frames:
+                if is_ending:
+                    deliver(unsent(frame, "dropped", "the run ended"))
+                elif frame.captured_at < oldest:
+                    deliver(unsent(frame, "expired", f"older than {1000 * max_age_s:g} ms"))
+                else:
+                    fresh.append(frame)
+            if fresh:
+                server.ask(fresh, deliver)
     finally:
-        buffer.close()
-        in_flight.close()
+        server.finish()
 
 
-class Terminal:
-    """Prints, every `log_every` frames, the rate of answers and the last of them.
-
-    The rate is answered frames over time, of the last RATE_WINDOW_S seconds. The clock starts with the first answer,
-    which is late when a worker had to load the model for it; if there is no other, it starts with that frame's capture.
-    """
-
-    def __init__(self, batch_size: int, as_json: bool, log_every: int) -> None:
-        self._batch_size = batch_size
-        self._as_json = as_json
-        self._log_every = log_every
-        self._number = 0
-        self._start = 0.0
-        self._first_rate = 0.0
-        self._answered: deque[tuple[float, int]] = deque()  # when, how many frames; without the first answer
-        self._last: deque[Prediction | dict[str, str]] = deque(maxlen=batch_size)
-        self._is_news = False
-
-    def show(self, frames: Sequence[Frame], answers: Sequence[Prediction | Failure]) -> None:
-        """Take the answers to the next frames, in frame order."""
-        now = time.monotonic()
-        predictions = [answer for answer in answers if not isinstance(answer, Failure)]
-        if self._number == 0:
-            self._start, self._first_rate = now, len(predictions) / (now - frames[0].captured_at)
-        else:
-            self._answered.append((now, len(predictions)))
-        is_due = frames[-1].number // self._log_every > self._number // self._log_every
-        self._number = frames[-1].number
-        if predictions:
-            self._is_news = True
-            if self._as_json:
-                self._last.clear()  # One list, as it was answered.
-                self._last.extend({"error": str(a)} if isinstance(a, Failure) else a for a in answers)
-            else:
-                self._last.extend(predictions)
-        if is_due:
-            self.flush()
-
-    def flush(self) -> None:
-        """Print what was answered last, if it was not printed yet."""
-        if not self._is_news:
-            return
-        self._is_news = False
-        fps = self._first_rate
-        if self._answered:
-            now = self._answered[-1][0]
-            while self._answered[0][0] <= now - RATE_WINDOW_S:
-                self._answered.popleft()
-            fps = sum(count for _, count in self._answered) / min(RATE_WINDOW_S, now - self._start)
-        print(f"With Batch Size {self._batch_size}, FPS at frame number {self._number} is {fps:.1f}")
-        for block in [list(self._last)] if self._as_json else self._last:
-            print(json.dumps(block, indent=2))
-        sys.stdout.flush()
+def unsent(frame: Frame, outcome: Outcome, error: str) -> Result:
+    """Return the result of a frame that was not sent, without its picture: there may be many of them."""
+    return Result(replace(frame, jpeg=b""), outcome, error=error)
 
 
-def stream(camera: Camera, server: TorchServe, args: argparse.Namespace, stop: threading.Event) -> int:
-    """Run the pipeline until the camera ends or `stop` is set; return 0 if every frame was answered, else 1.
+def run(results: "queue.Queue[Result | End]", work: Callable[..., None], *arguments: object) -> None:
+    """What every thread does: its work, and then say that it has ended, and how."""
+    error = None
+    try:
+        work(*arguments)
+    except BaseException as caught:  # noqa: BLE001 - stream() raises it.
+        error = caught
+    results.put(End(error))
 
-    Raises SourceError if the camera fails, ServerError if the server does not answer any more.
-    """
-    per_request = args.batch_size if args.client_batching else 1
-    buffer: Buffer[Frame] = Buffer(BATCHES_IN_FLIGHT * args.batch_size)
-    in_flight: Buffer[Request] = Buffer(server.max_in_flight)
-    terminal = Terminal(args.batch_size, args.client_batching, args.log_every)
-    answering = threading.Event()
-    answered, failures, gave_up = 0, Counter[str](), False
-    start, first_s = time.monotonic(), 0.0
 
-    with ThreadPoolExecutor(2, thread_name_prefix="pipeline") as threads:
-        reader = threads.submit(read, camera, buffer, per_request, answering, stop)
-        sender = threads.submit(send, buffer, server, per_request, args.client_batching, in_flight)
+def tell(sinks: list[Sink], action: Callable[[Sink], None], stop: threading.Event) -> None:
+    """Do something with every sink; one that can't be written is left out from then on."""
+    for sink in list(sinks):
         try:
-            for frames, future in in_flight:
-                answers = read_answers(future, len(frames), args.client_batching)
-                if not answering.is_set():
-                    answering.set()
-                    first_s = time.monotonic() - frames[0].captured_at
-                for frame, answer in zip(frames, answers, strict=True):
-                    if isinstance(answer, Failure):
-                        if answer not in failures:
-                            print(f"frame {frame.number} failed: {answer}", file=sys.stderr)
-                        failures[answer] += 1
-                    else:
-                        answered += 1
-                terminal.show(frames, answers)
-                if any(isinstance(answer, NoAnswer) for answer in answers):
-                    gave_up = True
-                    stop.set()  # More frames would only wait behind these.
-            terminal.flush()
-        finally:
+            action(sink)
+        except BrokenPipeError:  # Whoever read our output has left, as `| head` does.
+            sinks.remove(sink)
             stop.set()
-            in_flight.close()
-    seconds = time.monotonic() - start
+        except OSError as error:
+            sinks.remove(sink)
+            log.error("an output fails, going on without it: %s", error)
 
-    failed = failures.total()
-    print(
-        f"frames: {answered} answered, {failed} failed, in {seconds:.1f} s, the first after {first_s:.1f} s: "
-        f"{answered / seconds:.1f} FPS",
-        file=sys.stderr,
-    )
-    for reason, count in failures.most_common():
-        print(f"{count} failed: {reason}", file=sys.stderr)
-    for thread in (reader, sender):
-        thread.result()  # Raises what ended the thread.
-    if gave_up:
-        raise ServerError(f"{server.url} stopped answering: are the model's workers up? See TorchServe's logs/")
-    return 1 if failed else 0
+
+def stream(
+    cameras: Sequence[Camera], server: TorchServe, sinks: list[Sink], args: argparse.Namespace, stop: threading.Event
+) -> int:
+    """Run the pipeline until all files have ended or `stop` is set, and print the books.
+
+    Returns 0, or 1 if a frame failed or a sink did. Raises SourceError if a file can't be read, ServerError if a file
+    has waited for the server long enough; the books are closed and printed before.
+    """
+    books = {camera: Books() for camera in cameras}
+    orders = {camera: InOrder() for camera in cameras}
+    policies: dict[Camera, DropPolicy] = {
+        camera: args.drop or ("oldest" if camera.is_live else "none") for camera in cameras
+    }
+    buffer = Buffer(max(FRAMES_WAITING, args.batch_size), policies, stop)
+    results: queue.Queue[Result | End] = queue.Queue(RESULTS_WAITING)
+
+    def deliver(result: Result) -> None:
+        needs_picture = args.show or args.save_video
+        results.put(result if needs_picture else replace(result, frame=replace(result.frame, jpeg=b"")))
+
+    works: list[tuple[Any, ...]] = [
+        (f"reader of {camera.name}", read, camera, books[camera], buffer, deliver, stop) for camera in cameras
+    ]
+    works.append(("sender", send, buffer, server, per_request(args), args.max_age, deliver, stop))
+    # Daemons, for a camera may hang in its driver for ever.
+    threads = [threading.Thread(target=run, args=(results, *work), name=name, daemon=True) for name, *work in works]
+    all_sinks, errors, gave_up, running, silence_s = len(sinks), [], False, len(threads), 0.0
+    for thread in threads:
+        thread.start()
+    try:
+        while running and silence_s < STOP_TIMEOUT_S:
+            try:
+                item = results.get(timeout=POLL_S)
+            except queue.Empty:
+                item = None
+            silence_s = silence_s + POLL_S if item is None and stop.is_set() else 0.0
+            server.give_up_overdue()
+            tell(sinks, methodcaller("idle"), stop)
+            if isinstance(item, End):
+                running -= 1
+                if item.error:
+                    errors.append(item.error)
+                    if not isinstance(item.error, SourceError):
+                        stop.set()
+            elif item:
+                for result in orders[item.frame.camera].add(item):
+                    books[result.frame.camera].add(result)
+                    tell(sinks, methodcaller("show", result), stop)
+                if item.outcome == "failed" and not item.frame.camera.is_live and server.is_away(args.server_wait):
+                    gave_up = True
+                    stop.set()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(POLL_S)
+        tell(sinks, methodcaller("close"), stop)
+        print(table(books), file=sys.stderr)
+
+    unforeseen = [error for error in errors if not isinstance(error, SourceError)]
+    if gave_up and not unforeseen:
+        raise ServerError(
+            f"{server.url} gave no answer for {args.server_wait:g} s ({server.health.trouble}): see TorchServe's logs/"
+        )
+    for error in unforeseen + errors:
+        raise error
+    return 1 if len(sinks) < all_sinks or any(book.outcomes["failed"] for book in books.values()) else 0
+
+
+def per_request(args: argparse.Namespace) -> int:
+    """Return the number of frames in a request."""
+    return int(args.batch_size) if args.client_batching else 1
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    def positive(text: str) -> int:
+    def whole(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
             raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+        return int(text)
+
+    def quality(text: str) -> int:
+        if whole(text) > 100:
+            raise argparse.ArgumentTypeError(f"expected 1 to 100, got {text!r}")
         return int(text)
 
     def seconds(text: str) -> float:
@@ -190,16 +213,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError
         return number
 
+    def milliseconds(text: str) -> float:
+        number = float(text)
+        if not 0 < number < math.inf:
+            raise ValueError
+        return number / 1000
+
+    def rate(text: str) -> float:
+        if text == "max":
+            return math.inf
+        number = float(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"expected frames a second, or max, got {text!r}")
+        return number
+
     def http_url(text: str) -> str:
         url = urlsplit(text)
         if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
             raise argparse.ArgumentTypeError("expected http://host:port or https://host:port, without user or password")
-        return text
+        return text.rstrip("/")
 
     parser = argparse.ArgumentParser(
-        description="Stream a video to TorchServe and print what it sees.",
-        epilog="exit codes: 0 every frame was answered, 1 some were not, 2 wrong usage, 3 the source can't be read, "
-        "4 the server can't be used, 130 interrupted",
+        description="Stream cameras to TorchServe and tell what it sees.",
+        epilog="exit codes: 0 every frame was answered, or dropped as it was asked for, 1 some failed, 2 wrong usage, "
+        "3 a source can't be read, 4 the server can't be used, 130 interrupted",
     )
     parser.add_argument(
         "--client-batching",
@@ -209,82 +246,206 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size",
         "--batch-size",
-        type=positive,
+        type=whole,
         default=4,
         metavar="N",
         help="frames in a JSON batch; without --client-batching only how many answers are shown, since TorchServe's "
         "own batch size is set in config.properties (default: %(default)s)",
     )
-    parser.add_argument(
+
+    cameras = parser.add_argument_group("cameras")
+    cameras.add_argument(
         "--input",
-        default=str(SAMPLE),
-        help="a video file, a device such as 0 or /dev/video0, or the URL of a stream (default: the clip in data/)",
+        action="append",
+        metavar="SOURCE",
+        help="a video file, a device such as 0 or /dev/video0, or the URL of a stream (rtsp, http, https); once for "
+        "each camera (default: the clip in data/)",
     )
-    parser.add_argument(
+    cameras.add_argument("--loop", action="store_true", help="repeat files for ever")
+    cameras.add_argument(
+        "--fps",
+        type=rate,
+        metavar="N",
+        help="frames a second: a file plays at this rate, a live source is sampled down to it; max: a file goes as "
+        "fast as the server answers (default: the source's own rate)",
+    )
+    cameras.add_argument(
+        "--drop",
+        choices=["oldest", "newest", "none"],
+        help="what to drop of a camera that is faster than the server: the oldest or the newest of the frames that "
+        "wait, or none, then the camera waits (default: oldest of live sources, none of files)",
+    )
+    cameras.add_argument(
+        "--max-age",
+        type=milliseconds,
+        default=math.inf,
+        metavar="MS",
+        help="do not send frames that are older than this when their turn comes (default: no limit)",
+    )
+    cameras.add_argument(
+        "--resize", type=whole, metavar="N", help="shrink frames to a short edge of N pixels before they are sent"
+    )
+    cameras.add_argument(
+        "--jpeg-quality", type=quality, default=95, metavar="N", help="1 to 100 (default: %(default)s)"
+    )
+    cameras.add_argument(
+        "--require-cameras",
+        action="store_true",
+        help="end at once if a live source can't be opened at the start (default: try until it can)",
+    )
+
+    server = parser.add_argument_group("server")
+    server.add_argument(
         "--url",
         type=http_url,
         default="http://127.0.0.1:8080",
         help="TorchServe's inference address (default: %(default)s)",
     )
-    parser.add_argument("--model", default="resnet-18", help="the model's name in TorchServe (default: %(default)s)")
-    parser.add_argument(
-        "--log-every",
-        type=positive,
-        default=20,
-        metavar="N",
-        help="frames from one output to the next (default: %(default)s)",
-    )
-    parser.add_argument(
+    server.add_argument("--model", default="resnet-18", help="the model's name in TorchServe (default: %(default)s)")
+    server.add_argument(
         "--token-file",
         type=Path,
         metavar="FILE",
         help="TorchServe's key file (default: the token in the variable TORCHSERVE_TOKEN, else ./key_file.json)",
     )
-    parser.add_argument(
+    server.add_argument(
+        "--management-url",
+        type=http_url,
+        metavar="URL",
+        help="TorchServe's management address, on the host of --url, where an expired token is renewed with the API "
+        "key of the key file (default: http://127.0.0.1:8081 if --url is on this machine, else none)",
+    )
+    server.add_argument(
         "--server-wait",
         type=seconds,
         default=30.0,
         metavar="SECONDS",
-        help="how long to wait for a server that is not up yet (default: %(default)g)",
+        help="how long to wait for a server that is not up, and how long a file waits for one that went away "
+        "(default: %(default)g)",
     )
-    return parser.parse_args(argv)
+    server.add_argument(
+        "--max-in-flight",
+        type=whole,
+        metavar="N",
+        help=f"most requests without an answer yet (default: {BATCHES_IN_FLIGHT} JSON batches, or "
+        f"{BATCHES_IN_FLIGHT} times --batch-size single frames)",
+    )
+    server.add_argument(
+        "--check", action="store_true", help="look at cameras and server, tell what works, and stream nothing"
+    )
+
+    outputs = parser.add_argument_group("outputs")
+    outputs.add_argument(
+        "--log-every",
+        type=whole,
+        default=20,
+        metavar="N",
+        help="frames from one output to the next, at least --batch-size (default: %(default)s)",
+    )
+    outputs.add_argument("--quiet", action="store_true", help="do not print answers")
+    outputs.add_argument(
+        "--jsonl",
+        metavar="FILE",
+        help="write a JSON object for each frame; - is standard output, and no answers are printed then",
+    )
+    outputs.add_argument(
+        "--save-video",
+        type=Path,
+        metavar="FILE",
+        help="write the frames with their labels drawn on, as .mp4, .mkv or .avi; several cameras: FILE-1, FILE-2",
+    )
+    outputs.add_argument("--show", action="store_true", help="show the frames with their labels in a window; q quits")
+
+    args = parser.parse_args(argv)
+    args.input = args.input or [str(SAMPLE)]
+    if args.max_in_flight is None:
+        # The same number of frames on their way in both ways of batching.
+        args.max_in_flight = BATCHES_IN_FLIGHT if args.client_batching else BATCHES_IN_FLIGHT * args.batch_size
+    # The API key goes nowhere but to the machine that has the token too.
+    host = urlsplit(args.url).hostname
+    if args.management_url is None and host in LOOPBACK:
+        args.management_url = "http://127.0.0.1:8081"
+    elif args.management_url and urlsplit(args.management_url).hostname != host:
+        parser.error(f"argument --management-url: expected an address on the host of --url, {host}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # It tells every attempt; edge.client tells the trouble once.
     stop = threading.Event()
     interrupted = threading.Event()
 
-    def interrupt(signum: int, _: object) -> None:
-        """Stop reading and finish what is on its way; a second Ctrl-C ends the program at once."""
-        signal.signal(signum, signal.SIG_DFL)
+    def interrupt(*_: object) -> None:
+        """Stop reading and finish what is on its way; a second signal ends the program at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         interrupted.set()
         stop.set()
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    cameras = [Camera(name, args.fps, args.loop, args.resize, args.jpeg_quality) for name in args.input]
     try:
-        camera = Camera(args.input)
-        try:
-            # The same number of frames on their way in both ways of batching.
-            max_in_flight = BATCHES_IN_FLIGHT if args.client_batching else BATCHES_IN_FLIGHT * args.batch_size
-            with TorchServe(args.url, args.model, args.token_file, max_in_flight) as server:
-                server.wait_until_ready(args.server_wait, stop)
-                code = stream(camera, server, args, stop) if not stop.is_set() else 0
-        finally:
-            camera.release()
+        with (
+            logging_redirect_tqdm(),
+            TorchServe(
+                args.url,
+                args.model,
+                args.token_file,
+                args.management_url,
+                args.client_batching,
+                args.max_in_flight,
+                args.server_wait,
+                stop,
+            ) as server,
+        ):
+            if args.check:
+                code = check(cameras, server, per_request(args), args.max_in_flight)
+            else:
+                for camera in cameras:
+                    if args.require_cameras or not camera.is_live:
+                        camera.check()
+                server.wait_until_ready(min(args.server_wait, args.max_age))
+                code = 0 if stop.is_set() else stream(cameras, server, open_sinks(cameras, args, stop), args, stop)
+    except SinkError as error:
+        print(f"request.py: {error}", file=sys.stderr)
+        code = 2
     except SourceError as error:
         print(f"request.py: {error}", file=sys.stderr)
         code = 3
     except ServerError as error:
         print(f"request.py: {error}", file=sys.stderr)
         code = 4
-    except BrokenPipeError:
-        # Whoever read our output has left, as `| head` does. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     return 130 if interrupted.is_set() else code
 
 
+def open_sinks(cameras: list[Camera], args: argparse.Namespace, stop: threading.Event) -> list[Sink]:
+    """Return the sinks that were asked for. Raises SinkError if one can't be used."""
+    sinks: list[Sink] = []
+    if args.jsonl:
+        sinks.append(JsonLines(args.jsonl))
+    if args.save_video:
+        sinks.append(Video(args.save_video, cameras))
+    if args.show:
+        sinks.append(Window(stop))
+    if not args.quiet and args.jsonl != "-":
+        sinks.append(Terminal(args.batch_size, args.client_batching, args.log_every, show_names=len(cameras) > 1))
+    if sys.stderr.isatty() and not args.loop and not any(camera.is_live for camera in cameras):
+        sinks.append(Progress(cameras))
+    return sinks
+
+
+def leave(code: int) -> NoReturn:
+    """End the program at once: a thread that waits for a dead camera or server would hold up sys.exit()."""
+    for output in (sys.stdout, sys.stderr):
+        try:
+            output.flush()
+        except OSError:
+            code = code or 1  # Nobody reads it any more.
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ OLDEST_JAVA = 17
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.25
+NODE_PORTS = 6
 
 
 class NodeError(Exception):
@@ -68,7 +69,11 @@ class Node:
 
 @contextmanager
 def torchserve(
-    folder: Path, models: list[str], config: str | None = None, environment: dict[str, str] | None = None
+    folder: Path,
+    models: list[str],
+    config: str | None = None,
+    environment: dict[str, str] | None = None,
+    ports: Sequence[int] | None = None,
 ) -> Iterator[Node]:
     """Serve archives of folder/model_store until the block ends, with all workers ready when it begins.
 
@@ -77,10 +82,11 @@ def torchserve(
         models: names; each is served from model_store/<name>.mar.
         config: the configuration, config.properties unless given; its addresses are replaced by free ones.
         environment: variables that TorchServe and its workers get besides this process's own.
+        ports: NODE_PORTS of them, to come back where a node was before; free ones unless given.
 
     Raises NodeError if a model is not ready within READY_TIMEOUT_S seconds.
     """
-    inference, management, metrics, grpc_inference, grpc_management, worker = free_ports(6)
+    inference, management, metrics, grpc_inference, grpc_management, worker = ports or free_ports(NODE_PORTS)
     config = (PROJECT / "config.properties").read_text() if config is None else config
     # The last of several lines with one key counts.
     (folder / "node.properties").write_text(

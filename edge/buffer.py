@@ -1,53 +1,93 @@
-"""The bounded buffer between two threads of the pipeline."""
+"""What stands between the pipeline's threads: frames that wait to be sent, results that wait for their turn."""
 
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
-Item = TypeVar("Item")
+from edge.cameras import Camera, Frame
+from edge.stats import Result
+
+DropPolicy = Literal["oldest", "newest", "none"]
 
 WAKE_UP_S = 0.5  # How long a thread waits before it looks again; a notification ends the wait sooner.
+BATCH_WAIT_S = 1.0  # How long the first frame of an incomplete batch waits for the others.
 
 
-class Buffer(Generic[Item]):
-    """A first-in, first-out buffer of at most `size` items that either side can close.
+class Buffer:
+    """The frames that wait to be sent: at most `size` of each camera, taken in turns.
 
-    The producer closes it after its last item, and the consumer's loop ends once that item is taken. A consumer that
-    gives up closes it too, and the producer learns of it from put().
+    A full lane drops its oldest waiting frame or the new one, or, with "none", has the camera wait. When `stop` is set
+    nothing goes in any more, and what is left can still be taken out.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, policies: Mapping[Camera, DropPolicy], stop: threading.Event) -> None:
         self._size = size
-        self._items: deque[Item] = deque()
-        self._closed = False
+        self._policies = policies
+        self._stop = stop
+        self._lanes: dict[Camera, deque[Frame]] = {camera: deque() for camera in policies}
+        self._turns = deque(policies)
+        self._open = set(policies)
         self._changed = threading.Condition()
 
-    def put(self, item: Item) -> bool:
-        """Add an item, waiting for room; return False, without adding it, if the buffer is closed."""
+    def put(self, frame: Frame) -> Frame | None:
+        """Add a frame to its camera's lane; return the frame that had to go for it, which may be the frame itself."""
+        lane, policy = self._lanes[frame.camera], self._policies[frame.camera]
         with self._changed:
-            while len(self._items) >= self._size and not self._closed:
+            while len(lane) >= self._size and policy == "none" and not self._stop.is_set():
                 self._changed.wait(WAKE_UP_S)
-            if self._closed:
-                return False
-            self._items.append(item)
+            is_full = len(lane) >= self._size
+            if self._stop.is_set() or (is_full and policy == "newest"):
+                return frame
+            dropped = lane.popleft() if is_full else None
+            lane.append(frame)
             self._changed.notify_all()
-            return True
+            return dropped
 
-    def close(self) -> None:
-        """Take no more items; those in the buffer can still be taken out."""
+    def close(self, camera: Camera) -> None:
+        """Say that no more frames of a camera will come."""
         with self._changed:
-            self._closed = True
+            self._open.discard(camera)
             self._changed.notify_all()
 
-    def __iter__(self) -> Iterator[Item]:
-        """Take items out, waiting for them, until the buffer is closed and empty."""
-        while True:
-            with self._changed:
-                while not self._items and not self._closed:
-                    self._changed.wait(WAKE_UP_S)
-                if not self._items:
-                    return
-                item = self._items.popleft()
-                self._changed.notify_all()
-            yield item
+    def take(self, count: int) -> list[Frame]:
+        """Take up to `count` frames, one of each camera in turn, waiting for them.
+
+        Fewer come if the first has waited BATCH_WAIT_S for the others or if no others will come; none if that was all.
+        """
+        deadline: float | None = None
+        with self._changed:
+            while (waiting := sum(map(len, self._lanes.values()))) < count and self._open and not self._stop.is_set():
+                now = time.monotonic()
+                if waiting and deadline is None:
+                    deadline = now + BATCH_WAIT_S
+                if deadline is not None and now >= deadline:
+                    break
+                self._changed.wait(WAKE_UP_S if deadline is None else min(WAKE_UP_S, deadline - now))
+            frames: list[Frame] = []
+            while len(frames) < count and any(self._lanes.values()):
+                lane = self._lanes[self._turns[0]]
+                self._turns.rotate(-1)
+                if lane:
+                    frames.append(lane.popleft())
+            self._changed.notify_all()
+            return frames
+
+
+class InOrder:
+    """The results of one camera that came before those of earlier frames.
+
+    Every frame gets a result within its deadline, and pictures that nobody will see are not kept, so these are few.
+    """
+
+    def __init__(self) -> None:
+        self._next = 1
+        self._early: dict[int, Result] = {}
+
+    def add(self, result: Result) -> Iterator[Result]:
+        """Add a result; yield all whose turn it is, in frame order."""
+        self._early[result.frame.number] = result
+        while (ready := self._early.pop(self._next, None)) is not None:
+            self._next += 1
+            yield ready

@@ -1,99 +1,287 @@
-"""The TorchServe session: token, payloads, requests and what became of them."""
+"""The TorchServe session: token, payloads, retries, timeouts, and what became of every frame that was sent."""
 
 import base64
+import itertools
 import json
+import logging
+import math
 import os
+import queue
+import random
 import re
-import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import requests
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from requests_futures.sessions import FuturesSession
+from urllib3.exceptions import MaxRetryError, SSLError
+from urllib3.util import Retry
 
-from edge.cameras import Frame
+from edge.cameras import Camera, Frame
+from edge.stats import Result
 
 CONNECT_TIMEOUT_S = 5.0
-# A request waits in TorchServe's queue while a worker loads the model, which takes many seconds on a slow machine.
-ANSWER_TIMEOUT_S = 60.0
+# From one byte of an answer to the next. While a worker still loads the model it may take several tries.
+ANSWER_TIMEOUT_S = 10.0
+# max_request_size of TorchServe, unless its configuration says otherwise.
+BODY_LIMIT = 6_553_500
+TOO_LARGE = "413 one frame is over the server's limit: make it smaller with --resize or --jpeg-quality"
+BATCH_HEADER = "X-Forward-Batch-Size"
+# A server that is busy (503, see TorchServe's queue), that lost a worker (500), or a proxy before it.
+TRANSIENT = frozenset({429, 500, 502, 503, 504})
+# Shorter troubles are not worth a line.
+NOTICE_AFTER_S = 2.0
+# How long a request still waits for its answer once the run is to end.
+GRACE_S = 5.0
+# A request is given up for good when so much time has passed since its patience was over.
+OVERDUE_S = 3 * ANSWER_TIMEOUT_S
 POLL_S = 0.5
+# Tokens that a single request tries, and the seconds from one renewal to the next.
+MOST_TOKENS = 5
+RENEWAL_PAUSE_S = 1.0
+# Asked about before the first frame is read.
+TEST_CAMERA = Camera("test picture")
+TEST_PICTURE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
 
-Prediction = dict[str, float]
+log = logging.getLogger(__name__)
 
 
 class ServerError(Exception):
     """A server that can't be used, with its address and what to do."""
 
 
-class Failure(str):
-    """Why a frame got no prediction, in one line."""
+class Health:
+    """Whether the server answers, told to the user once when it does no more and once when it does again."""
+
+    def __init__(self, url: str) -> None:
+        self.trouble = ""  # what was wrong last
+        self._url = url
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._is_told = False
+
+    def bad(self, trouble: str) -> None:
+        with self._lock:
+            self.trouble = trouble
+            now = time.monotonic()
+            self._since = self._since or now
+            if not self._is_told and now - self._since >= NOTICE_AFTER_S:
+                self._is_told = True
+                log.warning("%s gives no answers (%s); trying until it does", self._url, trouble)
+
+    def good(self) -> None:
+        with self._lock:
+            if self._since and self._is_told:
+                log.warning("%s answers again after %.1f s", self._url, time.monotonic() - self._since)
+            self._since, self._is_told = None, False
+
+    def away_s(self) -> float | None:
+        """Return for how many seconds all that came from the server was trouble, None if the last was an answer."""
+        since = self._since
+        return None if since is None else time.monotonic() - since
 
 
-class NoAnswer(Failure):
-    """The server kept us waiting for longer than it may."""
+class RetryUntil(Retry):
+    """urllib3's Retry, ended by time instead of a number of attempts, and by `stop`.
+
+    patience_s: how long after the first failure another attempt may begin.
+    """
+
+    def __init__(
+        self, patience_s: float, stop: threading.Event, health: Health, deadline: float | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self._patience_s, self._stop, self._health, self._deadline = patience_s, stop, health, deadline
+
+    def new(self, **options: Any) -> "RetryUntil":
+        limits = {"patience_s": self._patience_s, "stop": self._stop, "health": self._health}
+        return super().new(**limits, deadline=self._deadline, **options)
+
+    def get_backoff_time(self) -> float:
+        # With jitter at all lengths: the requests in flight should not come back all at once.
+        return super().get_backoff_time() * random.uniform(0.5, 1)
+
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: Any = None,
+        error: Any = None,
+        _pool: Any = None,
+        _stacktrace: Any = None,
+    ) -> "RetryUntil":
+        """Note one more failure. Raises MaxRetryError when there shall be no further attempt."""
+        self._health.bad(f"{response.status} {response.reason}" if response is not None else innermost(error))
+        deadline = self._deadline or time.monotonic() + self._patience_s
+        # A certificate that is not trusted now will not be in a second either.
+        if time.monotonic() >= deadline or self._stop.is_set() or isinstance(error, SSLError):
+            raise MaxRetryError(_pool, url or "", error)
+        following = super().increment(method, url, response, error, _pool, _stacktrace)
+        following._deadline = deadline
+        return following
 
 
 class BearerToken(AuthBase):
-    """Sends the inference token; read anew from its source by load().
+    """Sends the inference token, and replaces it when the server refuses it.
 
-    The source is `token_file` if given, else the environment variable TORCHSERVE_TOKEN, else the key_file.json that
-    TorchServe writes where it is started. Without any of them no token is sent, for a server that wants none.
+    The token's source is `token_file` if given, else the environment variable TORCHSERVE_TOKEN, else the key_file.json
+    that TorchServe writes where it is started. Without any of them no token is sent, for a server that wants none.
+
+    A refused token is read again from its file: a restart of TorchServe wrote a new one. If that is no other, it has
+    expired, and a new one is asked for at `management_url` with the API key, if the file holds that key.
     """
 
-    def __init__(self, token_file: Path | None) -> None:
+    def __init__(
+        self, token_file: Path | None, management_url: str | None, stop: threading.Event, health: Health
+    ) -> None:
+        self.patience_s = 0.0  # how long a refused request waits for another token to turn up in the file
         self.source = ""
         self._token_file = token_file
+        self._management_url = management_url
+        self._stop = stop
+        self._health = health
         self._token: str | None = None
+        self._api_key: str | None = None
+        self._renewed_at = -math.inf
+        self._lock = threading.Lock()
 
     def load(self) -> None:
         """Read the token. Raises ServerError if its file can't be read or if there is no token in it."""
         path = self._token_file or Path("key_file.json")
+        api_key = None
         if self._token_file is None and (token := os.environ.get("TORCHSERVE_TOKEN", "").strip()):
             self.source = "TORCHSERVE_TOKEN"
         elif self._token_file is None and not path.exists():
-            self.source, self._token = "", None
             return
         else:
             self.source = str(path)
             try:
-                token = str(json.loads(path.read_text(encoding="utf-8"))["inference"]["key"])
+                keys = json.loads(path.read_text(encoding="utf-8"))
+                token = str(keys["inference"]["key"])
+                api_key = keys.get("API", {}).get("key")
             except OSError as error:
                 raise ServerError(f"can't read the token file {path}: {error.strerror}") from error
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ServerError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
         # Anything else would end in an error of the HTTP library that shows it.
         if not re.fullmatch("[!-~]+", token):
             raise ServerError(f"what is in {self.source} is no token: expected printable ASCII without spaces")
-        self._token = token
+        self._token, self._api_key = token, api_key
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._token:
             request.headers["Authorization"] = f"Bearer {self._token}"
+        request.register_hook("response", self._ask_again)  # type: ignore[no-untyped-call]
         return request
+
+    def _ask_again(self, response: requests.Response, **options: Any) -> requests.Response:
+        """Send a refused request again with another token, as soon as there is one: a response hook of requests."""
+        deadline = time.monotonic() + self.patience_s
+        replaced = 0
+        while error_type(response) == "InvalidKeyException" and self.source != "TORCHSERVE_TOKEN":
+            if replaced < MOST_TOKENS and self._replace(response.request.headers.get("Authorization")):
+                replaced += 1
+                response.close()
+                request = response.request.copy()
+                request.headers["Authorization"] = f"Bearer {self._token}"
+                response = response.connection.send(request, **options)
+                response.request = request
+            elif time.monotonic() >= deadline or self._stop.is_set():
+                break
+            else:
+                self._health.bad(f"400 {error_text(response)}")
+                self._stop.wait(POLL_S)
+        return response
+
+    def _replace(self, refused: str | None) -> bool:
+        """Get another token than the refused one; return whether there is one now."""
+        with self._lock:
+            if f"Bearer {self._token}" != refused and self._token:
+                return True  # Another request's answer has brought it already.
+            try:
+                self.load()
+                if f"Bearer {self._token}" == refused and time.monotonic() - self._renewed_at > RENEWAL_PAUSE_S:
+                    self._renew()
+                    self.load()
+            except (ServerError, requests.RequestException) as error:
+                # The file may be half written. If it is not, that is said when the patience is over.
+                self._health.bad(f"token refused, and no other to be had: {innermost(error)}")
+            return bool(self._token) and f"Bearer {self._token}" != refused
+
+    def _renew(self) -> None:
+        """Have TorchServe write a new inference token into its key file, the old one dies at once."""
+        if not self._management_url or not self._api_key:
+            return
+        self._renewed_at = time.monotonic()
+        requests.get(
+            f"{self._management_url}/token",
+            params={"type": "inference"},
+            headers={"Authorization": f"Bearer {self._api_key}"},
+            timeout=CONNECT_TIMEOUT_S,
+            allow_redirects=False,
+        ).raise_for_status()
+
+
+@dataclass
+class Request:
+    """Frames on their way, and who takes their results."""
+
+    frames: Sequence[Frame]
+    deliver: Callable[[Result], None]
+    sent_at: float
+    is_settled: bool = False
+
+    def failed(self, error: str) -> list[Result]:
+        return [Result(frame, "failed", error=error) for frame in self.frames]
 
 
 class TorchServe:
-    """A model on a TorchServe server, asked asynchronously over at most `max_in_flight` kept-alive connections."""
+    """A model on a TorchServe server, asked over at most `max_in_flight` kept-alive connections.
 
-    def __init__(self, url: str, model: str, token_file: Path | None, max_in_flight: int) -> None:
-        self.max_in_flight = max_in_flight
+    Args:
+        as_json: send JSON batches instead of single frames.
+        patience_s: how long to try again when the server is away or refuses our token.
+        stop: ends all waiting.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        token_file: Path | None,
+        management_url: str | None,
+        as_json: bool,
+        max_in_flight: int,
+        patience_s: float,
+        stop: threading.Event,
+    ) -> None:
         self.url = url.rstrip("/")
+        self.health = Health(self.url)
         self._model = model
+        self._as_json = as_json
+        self._max_in_flight = max_in_flight
+        self._stop = stop
+        self._body_limit = BODY_LIMIT
         self._predictions = f"{self.url}/predictions/{quote(model, safe='')}"
-        self._token = BearerToken(token_file)
+        self._token = BearerToken(token_file, management_url, stop, self.health)
         self._session = FuturesSession(max_workers=max_in_flight)
         self._session.auth = self._token
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=max_in_flight))
+        self._set_patience(patience_s)
+        self._numbers = itertools.count()
+        self._in_flight: dict[int, Request] = {}
+        self._changed = threading.Condition()
 
     def __enter__(self) -> "TorchServe":
         return self
@@ -101,38 +289,64 @@ class TorchServe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._session.close()
+        # What has not come by now was given up: see finish().
+        self._session.executor.shutdown(wait=False, cancel_futures=True)
+        requests.Session.close(self._session)
 
-    def wait_until_ready(self, timeout_s: float, stop: threading.Event) -> None:
-        """Wait until the server answers, takes our token and knows the model; return early when `stop` is set.
+    def _set_patience(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        retries = RetryUntil(
+            patience_s,
+            self._stop,
+            self.health,
+            total=None,
+            status_forcelist=TRANSIENT,
+            allowed_methods=None,  # any: to classify a frame twice does no harm
+            backoff_factor=0.1,
+            backoff_max=2.0,
+            raise_on_status=False,
+            respect_retry_after_header=False,  # it may say hours; the deadline is ours
+        )
+        for scheme in ("http://", "https://"):
+            self._session.mount(
+                scheme, HTTPAdapter(pool_connections=1, pool_maxsize=self._max_in_flight, max_retries=retries)
+            )
 
-        Only a server that is not there yet is waited for, up to `timeout_s`. Raises ServerError for all else.
+    def wait_until_ready(self, patience_s: float) -> None:
+        """Wait until the server takes our token, knows the model and answers a test picture; return early on `stop`.
+
+        From then on a request is tried again for `patience_s` seconds only. Raises ServerError if the server can't be
+        used, at once if waiting would not help.
         """
-        deadline = time.monotonic() + timeout_s
-        announced = False
-        while not stop.is_set():
-            self._token.load()
-            try:
-                # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs nothing.
-                response = self._session.options(
-                    self._predictions, timeout=CONNECT_TIMEOUT_S, allow_redirects=False
-                ).result(timeout=3 * CONNECT_TIMEOUT_S)
-            except requests.exceptions.SSLError as error:
-                raise ServerError(f"no trusted TLS connection to {self.url}: {innermost(error)}") from error
-            except (requests.ConnectionError, requests.Timeout, FutureTimeoutError) as error:
-                if time.monotonic() >= deadline:
-                    raise ServerError(
-                        f"no server at {self.url} ({innermost(error)}): start TorchServe, or pass its address as --url"
-                    ) from error
-            except requests.RequestException as error:
-                raise ServerError(f"can't use {self.url}: {error}") from error
-            else:
-                self._check(response)
-                return
-            if not announced:
-                print(f"waiting up to {timeout_s:g} s for TorchServe at {self.url}", file=sys.stderr)
-                announced = True
-            stop.wait(POLL_S)
+        self.connect()
+        if self._stop.is_set():
+            return
+        result = self.ask_one(TEST_PICTURE)
+        if result.outcome != "answered" and not self._stop.is_set():
+            raise ServerError(f"{self.url} does not classify a test picture: {result.error}")
+        self._token.patience_s = patience_s
+        self._set_patience(patience_s)
+
+    def connect(self) -> None:
+        """Wait until the server answers. Raises ServerError if it does not, refuses our token or has no such model."""
+        self._token.load()
+        # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs nothing.
+        future = self._session.options(
+            self._predictions, timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S), allow_redirects=False
+        )
+        try:
+            response = future.result(timeout=self._patience_s + OVERDUE_S)
+        except requests.exceptions.SSLError as error:
+            raise ServerError(f"no trusted TLS connection to {self.url}: {innermost(error)}") from error
+        except (requests.ConnectionError, requests.Timeout, FutureTimeoutError) as error:
+            if not self._stop.is_set():
+                raise ServerError(
+                    f"no server at {self.url} ({innermost(error)}): start TorchServe, or pass its address as --url"
+                ) from error
+        except requests.RequestException as error:
+            raise ServerError(f"can't use {self.url}: {error}") from error
+        else:
+            self._check(response)
 
     def _check(self, response: requests.Response) -> None:
         """Raise ServerError if the server refuses our token or does not know the model."""
@@ -153,15 +367,100 @@ class TorchServe:
                 f"{self.url} has no model {self._model}: start TorchServe with --models {self._model}="
                 f"{self._model}.mar, or pass the name of the model it serves as --model"
             )
+        if response.status_code in TRANSIENT:
+            raise ServerError(f"{self.url} answers {response.status_code} {error_text(response)}")
 
-    def ask(self, frames: Sequence[Frame], as_json: bool) -> "Future[requests.Response]":
-        """Send frames without waiting: a single one as it is, or any number of them as one JSON batch."""
-        if as_json:
-            payload = {str(index): base64.b64encode(frame.jpeg).decode() for index, frame in enumerate(frames)}
+    def ask_one(self, jpeg: bytes) -> Result:
+        """Send a picture that is no camera's and wait for its result."""
+        arrived = queue.SimpleQueue[Result]()
+        self.ask([Frame(TEST_CAMERA, 1, time.monotonic(), jpeg)], arrived.put)
+        self.finish()
+        return arrived.get()
+
+    def is_away(self, seconds: float) -> bool:
+        """Whether the server gave nothing but trouble for so long."""
+        away_s = self.health.away_s()
+        return away_s is not None and away_s >= seconds
+
+    def wait_for_room(self) -> None:
+        """Wait while `max_in_flight` requests are out, or until `stop` is set."""
+        with self._changed:
+            while len(self._in_flight) >= self._max_in_flight and not self._stop.is_set():
+                self._changed.wait(POLL_S)
+
+    def ask(self, frames: Sequence[Frame], deliver: Callable[[Result], None]) -> None:
+        """Send a frame, or with JSON a batch of them, without waiting for the answer.
+
+        What is over the server's limit goes in several requests. `deliver` gets one result for each frame, from other
+        threads.
+        """
+        self._send(frames, deliver)
+
+    def finish(self) -> None:
+        """Wait for all results; when `stop` is set, for GRACE_S seconds at most, and the rest has failed."""
+        give_up_at = math.inf
+        with self._changed:
+            while self._in_flight and time.monotonic() < give_up_at:
+                self._changed.wait(POLL_S)
+                if self._stop.is_set():
+                    give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
+            late = dict(self._in_flight)
+        for number, request in late.items():
+            self._settle(number, request.failed(f"the run ended, and {GRACE_S:g} s later there was no answer"))
+
+    def takes(self, jpeg: bytes, size: int) -> bool:
+        """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
+        body = json.dumps({"0": base64.b64encode(jpeg).decode()}).encode().ljust(size)
+        headers = {"Content-Type": "application/json"}
+        timeout = (CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S)
+        try:
+            # Not by the session: what is refused may come back as a broken connection, which it would try again.
+            response = requests.post(
+                self._predictions, body, headers=headers, auth=self._token, timeout=timeout, allow_redirects=False
+            )
+        except requests.ConnectionError:
+            return False
+        return bool(response.status_code == requests.codes.ok)
+
+    def give_up_overdue(self) -> None:
+        """Fail requests whose answers trickle in so slowly that no timeout of the connection ends them."""
+        overdue_s = self._patience_s + OVERDUE_S
+        with self._changed:
+            overdue = {n: r for n, r in self._in_flight.items() if r.sent_at < time.monotonic() - overdue_s}
+        for number, request in overdue.items():
+            self._settle(number, request.failed(f"no whole answer within {overdue_s:g} s"))
+
+    def _send(self, frames: Sequence[Frame], deliver: Callable[[Result], None], instead_of: int | None = None) -> None:
+        parts = [Request(part, deliver, time.monotonic()) for part in self._split(frames)]
+        with self._changed:
+            if instead_of is not None:
+                if self._in_flight[instead_of].is_settled:
+                    return
+                del self._in_flight[instead_of]
+            numbered = {next(self._numbers): part for part in parts}
+            self._in_flight.update(numbered)
+        for number, part in numbered.items():
+            self._post(number, part)
+
+    def _split(self, frames: Sequence[Frame]) -> list[Sequence[Frame]]:
+        """Return the frames in parts within the server's limit, but for a frame that is over it by itself."""
+        if len(frames) == 1 or self._size(frames) <= self._body_limit:
+            return [frames]
+        middle = len(frames) // 2
+        return self._split(frames[:middle]) + self._split(frames[middle:])
+
+    def _size(self, frames: Sequence[Frame]) -> int:
+        return json_size([frame.jpeg for frame in frames]) if self._as_json else len(frames[0].jpeg)
+
+    def _post(self, number: int, request: Request) -> None:
+        if self._size(request.frames) > self._body_limit:
+            self._settle(number, request.failed(TOO_LARGE))
+            return
+        if self._as_json:
+            payload = {str(i): base64.b64encode(frame.jpeg).decode() for i, frame in enumerate(request.frames)}
             body, content_type = json.dumps(payload).encode(), "application/json"
         else:
-            (frame,) = frames
-            body, content_type = frame.jpeg, "image/jpeg"
+            body, content_type = request.frames[0].jpeg, "image/jpeg"
         future: Future[requests.Response] = self._session.post(
             self._predictions,
             data=body,
@@ -169,61 +468,106 @@ class TorchServe:
             timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S),
             allow_redirects=False,  # A redirected POST would arrive as a GET, without its frames.
         )
-        return future
+        future.add_done_callback(partial(self._answered, number, request))
+
+    def _answered(self, number: int, request: Request, future: "Future[requests.Response]") -> None:
+        if request.is_settled:
+            return  # given up, or even cancelled
+        if (error := future.exception()) is not None:
+            self._settle(number, request.failed(f"no answer: {innermost(error)}"))
+            return
+        response = future.result()
+        if response.status_code not in TRANSIENT and error_type(response) != "InvalidKeyException":
+            self.health.good()
+        if response.status_code == requests.codes.request_entity_too_large:
+            # TorchServe's limit is lower than we thought, or that of a proxy before it.
+            self._body_limit = min(self._body_limit, self._size(request.frames) - 1)
+            if len(request.frames) > 1:
+                self._send(request.frames, request.deliver, instead_of=number)
+            else:
+                self._settle(number, request.failed(TOO_LARGE))
+            return
+        self._settle(number, read_results(response, request.frames, self._as_json))
+
+    def _settle(self, number: int, results: Sequence[Result]) -> None:
+        """Deliver a request's results, once: it may be given up and answered at the same time."""
+        with self._changed:
+            request = self._in_flight.get(number)
+            if request is None or request.is_settled:
+                return
+            request.is_settled = True
+        for result in results:
+            request.deliver(result)
+        with self._changed:
+            del self._in_flight[number]
+            self._changed.notify_all()
 
 
-def read_answers(future: "Future[requests.Response]", count: int, as_json: bool) -> list[Prediction | Failure]:
-    """Wait for the answer to `count` frames; return what became of each, in the order sent.
+def json_size(jpegs: Sequence[bytes]) -> int:
+    """Return the bytes that a JSON batch of pictures has at most."""
+    return sum(4 * (len(jpeg) // 3 + 1) + len('"9999": "", ') for jpeg in jpegs) + len("{}")
 
-    Never raises for what the network or the server does: that is the frames' failure.
-    """
-    try:
-        response = future.result(timeout=2 * ANSWER_TIMEOUT_S)
-    except requests.Timeout:
-        return [NoAnswer(f"no answer within {ANSWER_TIMEOUT_S:g} s")] * count
-    except FutureTimeoutError:
-        return [NoAnswer(f"no whole answer within {2 * ANSWER_TIMEOUT_S:g} s")] * count
-    except requests.RequestException as error:
-        return [Failure(f"no answer: {innermost(error)}")] * count
+
+def read_results(response: requests.Response, frames: Sequence[Frame], as_json: bool) -> list[Result]:
+    """Return what an answer says of each of its frames, in the order sent, whatever the answer is."""
+    now = time.monotonic()
+
+    def failed(error: str) -> list[Result]:
+        return [Result(frame, "failed", error=error) for frame in frames]
+
     if response.status_code != requests.codes.ok:
-        return [Failure(f"{response.status_code} {error_text(response)}")] * count
+        return failed(f"{response.status_code} {error_text(response)}")
     try:
         body = response.json()
-    except requests.JSONDecodeError:
-        return [Failure("the answer is not JSON")] * count
+    except (requests.JSONDecodeError, RecursionError):
+        return failed("the answer is not JSON")
     answers = body if as_json else [body]
-    if not isinstance(answers, list) or len(answers) != count:
-        return [Failure(f"the answer does not fit: expected {count} predictions")] * count
-    return [read_prediction(answer) for answer in answers]
+    if not isinstance(answers, list) or len(answers) != len(frames):
+        return failed(f"the answer does not fit: expected {len(frames)} predictions")
+    shared = response.headers.get(BATCH_HEADER, "")
+    shared_by = int(shared) if re.fullmatch(r"[0-9]{1,9}", shared) else None
+    results = []
+    for frame, answer in zip(frames, answers, strict=True):
+        if is_prediction(answer):
+            results.append(Result(frame, "answered", answer, None, now - frame.captured_at, shared_by))
+        elif isinstance(answer, dict) and isinstance(answer.get("error"), str):
+            results.append(Result(frame, "failed", error=one_line(answer["error"])))
+        else:
+            results.append(Result(frame, "failed", error="the answer does not fit: expected label -> probability"))
+    return results
 
 
-def read_prediction(answer: Any) -> Prediction | Failure:
-    """Return one frame's answer if it is a dict label -> probability, else why it is none."""
-    if isinstance(answer, dict) and answer and all(isinstance(value, float | int) for value in answer.values()):
-        return answer
-    if isinstance(answer, dict) and isinstance(answer.get("error"), str):
-        return Failure(answer["error"])
-    return Failure("the answer does not fit: expected a dict label -> probability")
+def is_prediction(answer: Any) -> bool:
+    """Whether an answer is a dict label -> probability."""
+    return (
+        isinstance(answer, dict)
+        and bool(answer)
+        and all(isinstance(value, float | int) and math.isfinite(value) for value in answer.values())
+    )
 
 
 def error_body(response: requests.Response) -> dict[str, Any]:
     """Return the JSON object of an error answer, {} if there is none."""
     try:
         body = response.json()
-    except requests.JSONDecodeError:
+    except (requests.JSONDecodeError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
 
 def error_type(response: requests.Response) -> str:
-    """Return TorchServe's own name of an error, such as InvalidKeyException."""
-    return str(error_body(response).get("type", ""))
+    """Return TorchServe's own name of an error, such as InvalidKeyException, "" if the answer is none."""
+    return "" if response.ok else str(error_body(response).get("type", ""))
 
 
 def error_text(response: requests.Response) -> str:
-    """Return what an error answer says, in one line that a terminal can show."""
+    """Return what an error answer says."""
     body = error_body(response)
-    text = str(body.get("error") or body.get("message") or response.reason)
+    return one_line(str(body.get("error") or body.get("message") or response.reason))
+
+
+def one_line(text: str) -> str:
+    """Return a server's text as a terminal can show it."""
     return "".join(character for character in " ".join(text.split()) if character.isprintable())[:300]
 
 

@@ -5,8 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torchvision import models
 
 from deploy.node import PROJECT, Node, torchserve
+from tests.fake_server import FakeServer
 
 CLIP = PROJECT / "data" / "sample_video.mp4"
 CATS = {"tabby", "tiger_cat", "Egyptian_cat"}
@@ -71,6 +75,45 @@ def outputs(stdout: str) -> list[Output]:
             stdout = stdout[end:].removeprefix("\n")
         found.append(Output(int(line[1]), int(line[2]), float(line[3]), answers))
     return found
+
+
+def books(stderr: str) -> dict[str, dict[str, str]]:
+    """Return the table that request.py printed at its end: camera -> column -> cell, and check that it adds up."""
+    lines = stderr.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("camera "))
+    columns = re.split(r" {2,}", lines[start])
+    found = {}
+    for line in lines[start + 1 :]:
+        cells = re.split(r" {2,}", line)
+        if len(cells) != len(columns):
+            break
+        row = dict(zip(columns, cells, strict=True))
+        assert int(row["captured"]) == sum(int(row[name]) for name in ("answered", "failed", "dropped", "expired"))
+        found[row["camera"]] = row
+    return found
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return what --jsonl wrote, and check that every camera's frames are there once and in order."""
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text(encoding="utf-8").splitlines()]
+    numbers: dict[str, list[int]] = {}
+    for line in lines:
+        assert list(line) == ["camera", "frame", "captured_at", "latency_ms", "outcome", "predictions", "error"]
+        assert (line["outcome"] == "answered") == (line["predictions"] is not None) == (line["error"] is None)
+        assert (line["outcome"] == "answered") == (line["latency_ms"] is not None)
+        assert datetime.fromisoformat(line["captured_at"]).utcoffset() == timedelta(0)
+        numbers.setdefault(line["camera"], []).append(line["frame"])
+    for found in numbers.values():
+        assert found == list(range(1, len(found) + 1))
+    return lines
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Wait for a condition, which must come true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def frames_of(video: Path) -> list[npt.NDArray[np.uint8]]:
@@ -126,6 +169,38 @@ def node(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[No
     archive("--weights", weights, cwd=folder)
     with torchserve(folder, ["efficientnet-lite0", "resnet-18"]) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def batch_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A TorchServe with an archive for client batching."""
+    folder = tmp_path_factory.mktemp("batch_node")
+    archive("--model", "efficientnet-lite0", "--client-batching", cwd=folder)
+    with torchserve(folder, ["efficientnet-lite0"]) as running:
+        yield running
+
+
+@pytest.fixture
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeServer]:
+    server = FakeServer(request.param)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def short_clip(tmp_path_factory: pytest.TempPathFactory, clip: list[npt.NDArray[np.uint8]]) -> Path:
+    """22 frames at 100 fps: not a multiple of the batch size, and over soon."""
+    path = tmp_path_factory.mktemp("clip") / "short clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 100, (640, 480))
+    for frame in clip[: 22 * 15 : 15]:
+        writer.write(frame)
+    writer.release()
+    return path
 
 
 @pytest.fixture(scope="session")

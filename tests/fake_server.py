@@ -4,8 +4,11 @@ import base64
 import hashlib
 import http.server
 import json
+import socket
+import struct
 import threading
 import time
+from typing import Any
 
 from deploy.node import free_ports
 
@@ -13,17 +16,28 @@ from deploy.node import free_ports
 class FakeServer(http.server.ThreadingHTTPServer):
     """Stands in for a TorchServe that answers out of order, or in a way that TorchServe never would.
 
-    The prediction of a frame is its hash. `behaviour` makes the answer from a request's frames and their number.
+    The prediction of a frame is its hash. `behaviour` makes the answer from a request's frames and their number; the
+    test picture, number 0, is always answered well.
     """
+
+    daemon_threads = True
+    request_queue_size = 50
 
     def __init__(self, behaviour: str) -> None:
         super().__init__(("127.0.0.1", free_ports(1)[0]), FakeHandler)
         self.behaviour = behaviour
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.closing = threading.Event()
         self.lock = threading.Lock()
-        self.bodies: list[bytes] = []
-        self.asked_before_first_answer = 0
+        self.bodies: list[bytes] = []  # of the test picture, and of all that came after it
         self.tokens: set[str | None] = set()
+
+    @property
+    def frames_asked(self) -> int:
+        return len(self.bodies) - 1
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # A client that is gone.
 
 
 class FakeHandler(http.server.BaseHTTPRequestHandler):
@@ -36,40 +50,77 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with self.server.lock:
+            number = len(self.server.bodies)
             self.server.bodies.append(body)
             self.server.tokens.add(self.headers["Authorization"])
-            number = len(self.server.bodies)
+            is_first_time = body not in self.server.bodies[:-1]
         as_json = self.headers["Content-Type"] == "application/json"
         frames = [base64.b64decode(frame) for frame in json.loads(body).values()] if as_json else [body]
         answers = [{hashlib.sha256(frame).hexdigest(): 1.0} for frame in frames]
-        match self.server.behaviour:
+        good = json.dumps(answers if as_json else answers[0]).encode()
+        behaviour = self.server.behaviour if number else "good"
+        if behaviour.startswith("first ") and not is_first_time:
+            behaviour = "good"
+        match behaviour.removeprefix("first "):
+            case "good":
+                self.reply(200, good)
             case "out of order":
                 time.sleep(0.3 if number % 3 == 1 else 0.0)
-                if number == 1:
-                    self.server.asked_before_first_answer = len(self.server.bodies)
-                self.reply(200, json.dumps(answers if as_json else answers[0]).encode())
+                self.reply(200, good)
             case "some fail" if number % 3 == 0:
-                self.reply(503, json.dumps({"code": 503, "type": "X", "message": "has no worker"}).encode())
+                self.reply(400, json.dumps({"error": "not an image"}).encode())
             case "some fail":
-                self.reply(200, json.dumps(answers if as_json else answers[0]).encode())
+                self.reply(200, good)
             case "html":
                 self.reply(200, b"<html>maintenance</html>")
+            case "garbage":
+                self.reply(200, b"\xff\x00" * 50)
+            case "deep":
+                self.reply(200, b"[" * 100_000)
+            case "not a number":
+                self.reply(200, good.replace(b"1.0", b"NaN"))
             case "too few":
                 self.reply(200, json.dumps(answers[1:]).encode())
             case "not predictions":
                 self.reply(200, json.dumps([7] * len(answers) if as_json else 7).encode())
-            case "backpressure":
-                self.reply(503, json.dumps({"code": 503, "type": "X", "message": "has no worker"}).encode())
+            case "429" | "500" | "502" | "503" | "504" as status:
+                self.reply(int(status), json.dumps({"code": int(status), "type": "X", "message": "try later"}).encode())
             case "redirect":
                 self.send_response(302)
                 self.send_header("Location", "/elsewhere")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
+            case "slow":
+                self.server.closing.wait(0.5)
+                self.reply(200, good)
             case "silent":
-                self.server.closing.wait(30)
+                self.server.closing.wait(60)
                 self.close_connection = True
-            case "reset":
+            case "trickle":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                while not self.server.closing.wait(0.2):
+                    self.wfile.write(b" ")
                 self.close_connection = True
+            case "half an answer":
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(good)))
+                self.end_headers()
+                self.wfile.write(good[: len(good) // 2])
+                self.close_connection = True
+            case "closes":
+                self.close_connection = True
+            case "resets":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+            case small if small.startswith("at most ") and len(body) > int(small.split()[-1]):
+                self.reply(413, b"")
+                self.close_connection = True
+            case small if small.startswith("at most "):
+                self.reply(200, good)
+            case _:
+                raise ValueError(self.server.behaviour)
 
     def reply(self, status: int, body: bytes) -> None:
         self.send_response(status)

@@ -1,0 +1,73 @@
+"""An IP camera for the tests: MJPEG over HTTP on 127.0.0.1."""
+
+import http.server
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from deploy.node import free_ports
+
+
+class MjpegCamera(http.server.ThreadingHTTPServer):
+    """Streams `pictures`, JPEG-encoded, over and over, `fps` a second, to whoever connects.
+
+    mode: "streaming"; "cut": streams end, and no new ones begin; "stalled": streams stay open without pictures;
+        "mute": connections are taken, and nothing is ever answered.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, pictures: Sequence[bytes], fps: float, port: int) -> None:
+        super().__init__(("127.0.0.1", port), MjpegHandler)
+        self.pictures = pictures
+        self.fps = fps
+        self.mode: Literal["streaming", "cut", "stalled", "mute"] = "streaming"
+        self.url = f"http://127.0.0.1:{port}/live"
+        self.streams = 0  # begun so far
+        self.closing = threading.Event()
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # A client that is gone.
+
+
+class MjpegHandler(http.server.BaseHTTPRequestHandler):
+    server: MjpegCamera
+
+    def do_GET(self) -> None:
+        camera = self.server
+        if camera.mode == "cut":
+            return
+        while camera.mode == "mute":
+            if camera.closing.wait(0.05):
+                return
+        camera.streams += 1
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        number = 0
+        while camera.mode in ("streaming", "stalled") and not camera.closing.wait(1 / camera.fps):
+            if camera.mode == "stalled":
+                continue
+            picture = camera.pictures[number % len(camera.pictures)]
+            number += 1
+            self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\n")
+            self.wfile.write(b"Content-Length: %d\r\n\r\n%b\r\n" % (len(picture), picture))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def mjpeg_camera(pictures: Sequence[bytes], fps: float = 25.0, port: int | None = None) -> Iterator[MjpegCamera]:
+    """Run a camera until the block ends."""
+    with MjpegCamera(pictures, fps, port or free_ports(1)[0]) as camera:
+        thread = threading.Thread(target=camera.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield camera
+        finally:
+            camera.closing.set()
+            camera.shutdown()
+            thread.join()
