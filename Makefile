@@ -30,7 +30,8 @@ diagrams: .venv/dev  ## architecture/*.png anew
 clean:
 	rm -rf .venv
 
-# What is installed where: the edge device's packages and the server's, and for developers the rest.
+# What is installed where: the edge device's packages and the server's, and for developers the rest. OpenCV with windows
+# gets a folder of its own, since it can't be beside the one without; the tests of --show use it.
 .venv/server: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@echo "installing into .venv: PyTorch is large, the first time takes minutes"
@@ -40,4 +41,5 @@ clean:
 
 .venv/dev: .venv/server
 	$(BIN)/python -m pip install --quiet '.[server,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/window 'opencv-python>=4.10,<6'
 	touch $@

@@ -53,14 +53,17 @@ class Node:
 
     def describe(self, model: str) -> dict[str, Any]:
         """Return what TorchServe's management API says of a model."""
-        response = requests.get(
-            f"{self.management_url}/models/{model}",
-            headers={"Authorization": f"Bearer {self.token('management')}"},
-            timeout=10,
-        )
+        response = self._manage(f"/models/{model}", self.token("management"))
+        if response.status_code == requests.codes.bad_request:  # The key has expired.
+            self._manage("/token?type=management", self.token("API")).raise_for_status()
+            response = self._manage(f"/models/{model}", self.token("management"))
         response.raise_for_status()
         description: dict[str, Any] = response.json()[0]
         return description
+
+    def _manage(self, path: str, key: str) -> requests.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return requests.get(self.management_url + path, headers=headers, timeout=10)
 
     def log(self) -> str:
         """Return all that TorchServe printed so far."""

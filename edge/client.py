@@ -33,8 +33,11 @@ from edge.cameras import Camera, Frame
 from edge.stats import Result
 
 CONNECT_TIMEOUT_S = 5.0
-# From one byte of an answer to the next. While a worker still loads the model it may take several tries.
-ANSWER_TIMEOUT_S = 10.0
+# How long an answer may take: as long as a server of SLOWEST_FPS has to do for all frames in flight, and a bit. With a
+# fixed time, a slow server would drown in requests that are sent again before it comes to them.
+SLOWEST_FPS = 2.0
+ANSWER_TIMEOUT_S = 2.0
+SHORTEST_TIMEOUT_S = 5.0
 # max_request_size of TorchServe, unless its configuration says otherwise.
 BODY_LIMIT = 6_553_500
 TOO_LARGE = "413 one frame is over the server's limit: make it smaller with --resize or --jpeg-quality"
@@ -45,8 +48,6 @@ TRANSIENT = frozenset({429, 500, 502, 503, 504})
 NOTICE_AFTER_S = 2.0
 # How long a request still waits for its answer once the run is to end.
 GRACE_S = 5.0
-# A request is given up for good when so much time has passed since its patience was over.
-OVERDUE_S = 3 * ANSWER_TIMEOUT_S
 POLL_S = 0.5
 # Tokens that a single request tries, and the seconds from one renewal to the next.
 MOST_TOKENS = 5
@@ -240,7 +241,8 @@ class Request:
 
     frames: Sequence[Frame]
     deliver: Callable[[Result], None]
-    sent_at: float
+    retry_until: float
+    overdue_at: float
     is_settled: bool = False
 
     def failed(self, error: str) -> list[Result]:
@@ -331,11 +333,9 @@ class TorchServe:
         """Wait until the server answers. Raises ServerError if it does not, refuses our token or has no such model."""
         self._token.load()
         # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs nothing.
-        future = self._session.options(
-            self._predictions, timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S), allow_redirects=False
-        )
+        future = self._session.options(self._predictions, timeout=SHORTEST_TIMEOUT_S, allow_redirects=False)
         try:
-            response = future.result(timeout=self._patience_s + OVERDUE_S)
+            response = future.result(timeout=self._patience_s + 2 * SHORTEST_TIMEOUT_S)
         except requests.exceptions.SSLError as error:
             raise ServerError(f"no trusted TLS connection to {self.url}: {innermost(error)}") from error
         except (requests.ConnectionError, requests.Timeout, FutureTimeoutError) as error:
@@ -412,7 +412,7 @@ class TorchServe:
         """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
         body = json.dumps({"0": base64.b64encode(jpeg).decode()}).encode().ljust(size)
         headers = {"Content-Type": "application/json"}
-        timeout = (CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S)
+        timeout = (CONNECT_TIMEOUT_S, self._timeout_s(1))
         try:
             # Not by the session: what is refused may come back as a broken connection, which it would try again.
             response = requests.post(
@@ -424,14 +424,17 @@ class TorchServe:
 
     def give_up_overdue(self) -> None:
         """Fail requests whose answers trickle in so slowly that no timeout of the connection ends them."""
-        overdue_s = self._patience_s + OVERDUE_S
         with self._changed:
-            overdue = {n: r for n, r in self._in_flight.items() if r.sent_at < time.monotonic() - overdue_s}
+            overdue = {n: r for n, r in self._in_flight.items() if r.overdue_at < time.monotonic()}
         for number, request in overdue.items():
-            self._settle(number, request.failed(f"no whole answer within {overdue_s:g} s"))
+            self._settle(number, request.failed("no whole answer in time"))
 
     def _send(self, frames: Sequence[Frame], deliver: Callable[[Result], None], instead_of: int | None = None) -> None:
-        parts = [Request(part, deliver, time.monotonic()) for part in self._split(frames)]
+        retry_until = time.monotonic() + self._patience_s
+        parts = [
+            Request(part, deliver, retry_until, retry_until + 2 * self._timeout_s(len(part)))
+            for part in self._split(frames)
+        ]
         with self._changed:
             if instead_of is not None:
                 if self._in_flight[instead_of].is_settled:
@@ -452,6 +455,10 @@ class TorchServe:
     def _size(self, frames: Sequence[Frame]) -> int:
         return json_size([frame.jpeg for frame in frames]) if self._as_json else len(frames[0].jpeg)
 
+    def _timeout_s(self, frames: int) -> float:
+        """Return how long the answer to a request of so many frames may take."""
+        return max(SHORTEST_TIMEOUT_S, ANSWER_TIMEOUT_S + self._max_in_flight * frames / SLOWEST_FPS)
+
     def _post(self, number: int, request: Request) -> None:
         if self._size(request.frames) > self._body_limit:
             self._settle(number, request.failed(TOO_LARGE))
@@ -465,7 +472,7 @@ class TorchServe:
             self._predictions,
             data=body,
             headers={"Content-Type": content_type},
-            timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S),
+            timeout=(CONNECT_TIMEOUT_S, self._timeout_s(len(request.frames))),
             allow_redirects=False,  # A redirected POST would arrive as a GET, without its frames.
         )
         future.add_done_callback(partial(self._answered, number, request))
@@ -473,7 +480,14 @@ class TorchServe:
     def _answered(self, number: int, request: Request, future: "Future[requests.Response]") -> None:
         if request.is_settled:
             return  # given up, or even cancelled
-        if (error := future.exception()) is not None:
+        error = future.exception()
+        if isinstance(error, requests.exceptions.ChunkedEncodingError) and time.monotonic() < request.retry_until:
+            # Half an answer: urllib3 retries only until the answer begins.
+            self.health.bad(innermost(error))
+            self._stop.wait(POLL_S)
+            self._post(number, request)
+            return
+        if error is not None:
             self._settle(number, request.failed(f"no answer: {innermost(error)}"))
             return
         response = future.result()
@@ -574,7 +588,8 @@ def one_line(text: str) -> str:
 def innermost(error: BaseException) -> str:
     """Return the cause at the bottom of an error: requests wraps urllib3, which wraps the operating system."""
     while True:
-        reason = getattr(error, "reason", None) or error.__cause__ or error.__context__
-        if not isinstance(reason, BaseException):
-            return f"{error}" or type(error).__name__
-        error = reason
+        inner = [getattr(error, "reason", None), error.__cause__, error.__context__, *error.args]
+        reasons = [reason for reason in inner if isinstance(reason, BaseException)]
+        if not reasons:
+            return one_line(str(error)) or type(error).__name__
+        error = reasons[0]

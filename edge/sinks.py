@@ -214,9 +214,11 @@ class Window(Sink):
         try:
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=WINDOW_TIMEOUT_S)
         except subprocess.SubprocessError as error:
+            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
+            reason = next((line for line in said if "error" in line or "display" in line), type(error).__name__)
             raise SinkError(
-                "--show can't open a window: it needs a display and, instead of opencv-python-headless, opencv-python "
-                "(pip uninstall opencv-python-headless; pip install opencv-python)"
+                f"--show can't open a window ({reason.strip()}): it needs a display and OpenCV with windows, "
+                "pip uninstall opencv-python-headless, pip install opencv-python"
             ) from error
         self._stop = stop
 

@@ -1,0 +1,288 @@
+"""edge/sinks.py and edge/stats.py: what is shown, written and counted of results."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.node import PROJECT, Node
+from edge.cameras import Camera, Frame
+from edge.sinks import JsonLines, SinkError, Terminal, Video, annotated
+from edge.stats import Books, Latencies, Rate, Result, table
+from tests.conftest import CLIP, books, frames_of, jpeg, outputs, run, wait_until
+
+FILE = Camera(str(CLIP))
+LIVE = Camera("rtsp://admin:hunter2@cam/live?channel=1")
+CAT = {"cat": 0.75, "dog": 0.25}
+
+
+def result(number: int, camera: Camera = FILE, at: float = 0.0, shade: int | None = 128) -> Result:
+    """Return an answered frame, of an even shade of grey."""
+    picture = b"" if shade is None else jpeg(np.full((48, 64, 3), shade, np.uint8))
+    return Result(Frame(camera, number, at, picture), "answered", CAT, latency_s=0.1, shared_by=4)
+
+
+def dropped(number: int, camera: Camera = FILE, at: float = 0.0) -> Result:
+    return Result(Frame(camera, number, at, b""), "dropped", error="buffer full")
+
+
+STEADY = [100 + 0.1 * number for number in range(1, 21)]  # the first frame is captured at 100.0 s
+SLOWER = [100 + 0.1 * number for number in range(1, 101)] + [110.0 + number for number in range(1, 21)]
+
+
+@pytest.mark.parametrize(
+    ("answered_at", "failed", "expected"),
+    [
+        (STEADY, set(), [10.0, 10.0]),
+        (STEADY, set(range(2, 21, 2)), [5.0, 5.0]),  # Failed frames take their time, and do not count.
+        (SLOWER, set(), [10.0] * 10 + [1.0, 1.0]),  # Only the last 10 s count.
+    ],
+    ids=["steady", "half of them failed", "slower"],
+)
+def test_fps_is_answered_frames_over_time(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answered_at: list[float],
+    failed: set[int],
+    expected: list[float],
+) -> None:
+    terminal = Terminal(batch_size=4, as_json=False, log_every=10, show_names=False)
+    for number, now in enumerate(answered_at, start=1):
+        monkeypatch.setattr("time.monotonic", lambda now=now: now)
+        frame = Frame(FILE, number, now - 0.1, b"")
+        terminal.show(Result(frame, "failed", error="x") if number in failed else Result(frame, "answered", CAT))
+    terminal.close()
+    assert [output.fps for output in outputs(capsys.readouterr().out)] == pytest.approx(expected, abs=0.051)
+
+
+def test_terminal_shows_the_last_answers_once(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(batch_size=3, as_json=True, log_every=1, show_names=False)
+    for number in range(1, 6):
+        terminal.show(
+            dropped(number) if number == 2 else Result(Frame(FILE, number, 0, b""), "answered", {"x": number})
+        )
+    terminal.show(dropped(6))
+    terminal.close()
+    terminal.close()
+    shown = outputs(capsys.readouterr().out)
+    assert [(output.number, output.answers) for output in shown] == [
+        (3, [[{"x": 1}, {"x": 3}]]),
+        (6, [[{"x": 4}, {"x": 5}]]),
+    ]
+
+
+def test_terminal_says_whose_answers_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(batch_size=1, as_json=False, log_every=2, show_names=True)
+    for number in (1, 2):
+        terminal.show(result(number, FILE))
+        terminal.show(result(number, LIVE))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{CLIP}\nWith Batch Size 1, FPS at frame number 2 is ")
+    assert "\nrtsp://cam/live?channel=1\nWith Batch Size 1, " in printed
+    assert "hunter2" not in printed
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    sink = JsonLines(str(tmp_path / "out.jsonl"))
+    now = datetime.now(timezone.utc)
+    sink.show(result(1, LIVE, at=time.monotonic() - 100))
+    sink.show(dropped(2, LIVE, at=time.monotonic()))
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    sink.close()
+    assert (now - datetime.fromisoformat(lines[0].pop("captured_at"))).total_seconds() == pytest.approx(100, abs=5)
+    assert abs((now - datetime.fromisoformat(lines[1].pop("captured_at"))).total_seconds()) < 5
+    assert lines == [
+        {
+            "camera": "rtsp://cam/live?channel=1",
+            "frame": 1,
+            "latency_ms": 100.0,
+            "outcome": "answered",
+            "predictions": CAT,
+            "error": None,
+        },
+        {
+            "camera": "rtsp://cam/live?channel=1",
+            "frame": 2,
+            "latency_ms": None,
+            "outcome": "dropped",
+            "predictions": None,
+            "error": "buffer full",
+        },
+    ]
+
+
+def shades(path: Path) -> list[int]:
+    """Return the shade of each frame of a video, read where nothing is drawn, to the nearest multiple of 50."""
+    return [50 * round(float(frame[-8:, -8:].mean()) / 50) for frame in frames_of(path)]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".MP4"])
+def test_video_of_a_file_keeps_its_timing(tmp_path: Path, suffix: str) -> None:
+    FILE.check()
+    video = Video(tmp_path / f"out{suffix}", [FILE])
+    for each in [dropped(1), result(2, shade=50), result(3, shade=100), dropped(4), dropped(5), result(6, shade=200)]:
+        video.show(each)
+    video.close()
+    capture = cv2.VideoCapture(str(tmp_path / f"out{suffix}"))
+    assert capture.get(cv2.CAP_PROP_FPS) == 25
+    assert shades(tmp_path / f"out{suffix}") == [50, 50, 100, 100, 100, 200]
+
+
+def test_video_of_a_live_source_takes_as_long_as_it_took(tmp_path: Path) -> None:
+    camera = Camera("0")
+    camera.fps = 10.0
+    video = Video(tmp_path / "out.mkv", [camera])
+    for number, at, shade in ((1, 50.0, 0), (2, 50.1, 50), (3, 50.11, 100), (4, 50.6, 150), (5, 90.6, 200)):
+        video.show(result(number, camera, at, shade))
+    video.close()
+    # 0.5 s of the third picture; 10 s, not 40 s, of the fourth.
+    assert shades(tmp_path / "out.mkv") == [0, 50, 100, 100, 100, 100, 150] + [150] * 100 + [200]
+
+
+def test_video_accepts_another_resolution(tmp_path: Path) -> None:
+    video = Video(tmp_path / "out.mp4", [FILE])
+    video.show(result(1))
+    larger = jpeg(np.full((480, 640, 3), 200, np.uint8))
+    video.show(Result(Frame(FILE, 2, 0.0, larger), "failed", error="503 has no worker"))
+    video.close()
+    assert [frame.shape for frame in frames_of(tmp_path / "out.mp4")] == [(48, 64, 3)] * 2
+
+
+def test_videos_of_several_cameras(tmp_path: Path) -> None:
+    cameras = [Camera(str(CLIP)), Camera("1"), Camera("2")]
+    video = Video(tmp_path / "out.mp4", cameras)
+    video.show(result(1, cameras[0], shade=50))
+    video.show(result(1, cameras[1], shade=150))
+    video.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-1.mp4", "out-2.mp4"]  # and none without frames
+    assert shades(tmp_path / "out-1.mp4") == [50]
+    assert shades(tmp_path / "out-2.mp4") == [150]
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(SinkError, match=r"expected a name that ends in .mp4, .mkv, .avi"):
+        Video(tmp_path / "out.gif", [FILE])
+    with pytest.raises(SinkError, match="No such file or directory"):
+        Video(tmp_path / "no" / "out.mp4", [FILE])
+    with pytest.raises(SinkError, match="No such file or directory"):
+        JsonLines(str(tmp_path / "no" / "out.jsonl"))
+
+
+def test_labels_are_drawn_where_they_can_be_read() -> None:
+    cats = {"lynx": 0.1, "cat": 0.6, "dog": 0.2, "x": 0.05}
+    for shade in (0, 128, 255):
+        big = jpeg(np.full((480, 640, 3), shade, np.uint8))
+        drawn = annotated(
+            Result(Frame(FILE, 1, 0.0, big), "answered", {"lynx": 0.1, "cat": 0.6, "dog": 0.2, "x": 0.05})
+        )
+        assert drawn[110:, :].min() == drawn[110:, :].max() == shade, "three labels at most, at the top"
+        assert drawn[8:40, 8:100].max() > 200, "white letters"
+        assert drawn[8:40, 8:100].min() < 50, "on black"
+
+
+WINDOWS = PROJECT / ".venv" / "window"  # OpenCV with windows, put there by the Makefile
+needs_screen = pytest.mark.skipif(
+    shutil.which("Xvfb") is None or shutil.which("xdotool") is None or not WINDOWS.is_dir(),
+    reason="needs Xvfb, xdotool, and opencv-python in .venv/window (make puts it there)",
+)
+
+
+@pytest.fixture
+def display() -> Iterator[str]:
+    """A virtual screen, as the variable DISPLAY names it."""
+    reading, writing = os.pipe()
+    command = ["Xvfb", "-displayfd", str(writing), "-screen", "0", "800x600x24", "-nolisten", "tcp"]
+    with subprocess.Popen(command, pass_fds=[writing], stderr=subprocess.DEVNULL) as process:
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            number = pipe.readline().strip()
+        yield f":{number}"
+        process.terminate()
+
+
+@needs_screen
+def test_window_shows_the_frames_until_q_is_pressed(display: str, node: Node, tmp_path: Path) -> None:
+    environment = os.environ | {"DISPLAY": display, "PYTHONPATH": str(WINDOWS)}
+    command = [sys.executable, str(PROJECT / "request.py"), "--model", "efficientnet-lite0", "--url", node.url]
+    command += ["--show", "--loop", "--quiet"]
+    find = ["xdotool", "search", "--name", CLIP.name]
+    with (
+        (tmp_path / "errors").open("w") as errors,
+        subprocess.Popen(command, cwd=node.folder, env=environment, stderr=errors) as process,
+    ):
+        wait_until(lambda: subprocess.run(find, env=environment, capture_output=True).returncode == 0)
+        time.sleep(1)
+        assert process.poll() is None
+        subprocess.run([*find, "windowfocus", "key", "q"], env=environment, check=True)
+        assert process.wait(timeout=60) == 0
+    (book,) = books((tmp_path / "errors").read_text()).values()
+    assert int(book["answered"]) > 0
+
+
+@pytest.mark.parametrize("path", ["", pytest.param(str(WINDOWS), marks=needs_screen)], ids=["headless", "no display"])
+def test_window_that_cannot_be_opened_is_a_clear_error(path: str, node: Node) -> None:
+    environment = {"DISPLAY": "", "WAYLAND_DISPLAY": "", "PYTHONPATH": path}
+    command = ["request.py", "--model", "efficientnet-lite0", "--url", node.url, "--show"]
+    done = run(*command, cwd=node.folder, environment=environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("request.py: --show can't open a window (")
+    assert ("could not connect to display" if path else "The function is not implemented") in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_percentiles_are_right_to_one_percent() -> None:
+    latencies = Latencies()
+    assert latencies.percentile(50) == 0.0
+    values = [0.001 * number for number in range(1, 1001)]
+    for value in values:
+        latencies.add(value)
+    for percent in (1, 50, 95, 99, 100):
+        assert latencies.percentile(percent) == pytest.approx(percent / 100, rel=0.011)
+    assert latencies.longest_s == 1.0
+
+
+@given(st.lists(st.floats(1e-4, 1e4), min_size=1), st.floats(0.1, 100))
+def test_percentiles_of_anything(values: list[float], percent: float) -> None:
+    latencies = Latencies()
+    for value in values:
+        latencies.add(value)
+    found = latencies.percentile(percent)
+    expected = sorted(values)[max(0, int(np.ceil(len(values) * percent / 100 - 1e-9)) - 1)]
+    assert expected * 0.9999 <= found <= expected * 1.0101
+
+
+def test_books_add_up_and_do_not_grow() -> None:
+    book = Books()
+    for number in range(1, 1001):
+        book.captured += 1
+        frame = Frame(FILE, number, 0.1 * number, b"")
+        failed = Result(frame, "failed", error=f"400 picture {number}")
+        book.add(failed if number % 2 == 0 else result(number, at=frame.captured_at))
+    assert (book.outcomes["answered"], book.outcomes["failed"]) == (500, 500)
+    assert len(book.causes) <= 21
+    assert sum(book.causes.values()) == 500
+    assert book.fps() == pytest.approx(500 / (99.9 - 0.1 + 0.1))
+    shown = table({FILE: book, LIVE: Books()}).splitlines()
+    assert shown[1].split() == [str(CLIP), "1000", "500", "500", "0", "0", "5.0", "100", "100", "100", "100", "4.0"]
+    assert shown[2].split() == ["rtsp://cam/live?channel=1", "0", "0", "0", "0", "0", "0.0", "-", "-", "-", "-", "-"]
+    assert f"{CLIP}: 480 failed: other reasons" in shown
+
+
+def test_rate_forgets() -> None:
+    rate = Rate()
+    assert rate.fps(0.0) == 0.0
+    for number in range(100):
+        rate.add(result(number, at=100.0 + number), now=100.5 + number)
+    assert rate.fps(now=199.5) == 1.0
