@@ -183,9 +183,7 @@ def test_labels_are_drawn_where_they_can_be_read() -> None:
     cats = {"lynx": 0.1, "cat": 0.6, "dog": 0.2, "x": 0.05}
     for shade in (0, 128, 255):
         big = jpeg(np.full((480, 640, 3), shade, np.uint8))
-        drawn = annotated(
-            Result(Frame(FILE, 1, 0.0, big), "answered", {"lynx": 0.1, "cat": 0.6, "dog": 0.2, "x": 0.05})
-        )
+        drawn = annotated(Result(Frame(FILE, 1, 0.0, big), "answered", cats))
         assert drawn[110:, :].min() == drawn[110:, :].max() == shade, "three labels at most, at the top"
         assert drawn[8:40, 8:100].max() > 200, "white letters"
         assert drawn[8:40, 8:100].min() < 50, "on black"
