@@ -51,11 +51,11 @@ def check_server(server: TorchServe, picture: bytes, per_request: int, max_in_fl
     burst = ask(server, picture, count, per_request)
     fps = len(burst) / (time.monotonic() - begin)
     shared = [result.shared_by for result in burst if result.shared_by is not None]
-    told = f"a forward pass was shared by {statistics.mean(shared):.1f} frames (mean), {max(shared)} (most)"
+    told = "the server does not tell how they were batched"
+    if shared:
+        told = f"a forward pass was shared by {statistics.mean(shared):.1f} frames (mean), {max(shared)} (most)"
     what = f"{count} requests of {per_request} frame{'s' if per_request > 1 else ''} at once"
-    print(
-        f"ok    batching: {what}, {fps:.1f} FPS; {told if shared else 'the server does not tell how they were batched'}"
-    )
+    print(f"ok    batching: {what}, {fps:.1f} FPS; {told}", flush=True)
 
     body = largest_body(server, picture)
     frames = 1

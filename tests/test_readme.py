@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from deploy.node import PROJECT, java_environment
-from tests.conftest import CATS, Output, jpeg, outputs
+from tests.conftest import CATS, Output, frames_of, jpeg, json_lines, outputs
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 HERE = "examples/image_classifier/near_real_time_video"
@@ -120,7 +120,8 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     (curl,) = commands("How it works")
     (renew,) = commands("When something is wrong")
     keys = "cat key_file.json"
-    first = [build, start, stream, DESCRIBE, curl, keys, renew, keys, curl, "ss -ltnH", stop]
+    (check,), (write,) = commands("Cameras"), commands("Where answers go")
+    first = [build, start, stream, DESCRIBE, curl, keys, renew, keys, curl, "ss -ltnH", check, write, stop]
     second = [build_2, start_2, stream_2, DESCRIBE, stream_10, stop_2]
     printed = type_in(first + second, workplace, environment)
 
@@ -137,13 +138,16 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     assert len(printed[9].splitlines()) >= 3
     assert "Allowed Urls: [none]" in printed[1]
 
+    assert [line.split()[0] for line in printed[10].splitlines()] == ["ok"] * 6
+    assert len(json_lines(workplace / "results.jsonl")) == len(frames_of(workplace / "labelled.mp4")) == 375
+
     # The archive's own settings hold, though no --ts-config is given and the first recipe was run in the same folder.
-    batches, description, tens = outputs(printed[13]), json.loads(printed[14])[0], outputs(printed[15])
+    batches, description, tens = outputs(printed[15]), json.loads(printed[16])[0], outputs(printed[17])
     assert_shows_the_clip(batches, batch_size=4)
-    assert all(len(output.answers[0]) == 4 for output in batches[:-1])
+    assert all(len(output.answers[0]) == 4 for output in batches)
     assert (description["batchSize"], description["maxBatchDelay"]) == (1, 1)
     assert_shows_the_clip(tens, batch_size=10)
-    assert [len(output.answers[0]) for output in tens] == [10] * 18 + [5]
+    assert [len(output.answers[0]) for output in tens] == [10] * 19
 
 
 @pytest.mark.skipif(not is_isolation_possible(), reason="needs Linux namespaces: unshare and ip")
