@@ -43,6 +43,7 @@ SAMPLE = HERE / "data" / "sample_video.mp4"
 BATCHES_IN_FLIGHT = 4
 FRAMES_WAITING = 4  # of each camera, or a JSON batch if that is more: enough for a hiccup, little enough to stay fresh
 RESULTS_WAITING = 1000  # Beyond that, a slow sink slows down everything before it.
+CHECK_PATIENCE_S = 2.0  # Whoever looks wants to know how it is now.
 POLL_S = 0.1
 STOP_TIMEOUT_S = 10.0  # for a camera that hangs in the driver
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -159,17 +160,20 @@ def stream(
             except queue.Empty:
                 item = None
             silence_s = silence_s + POLL_S if item is None and stop.is_set() else 0.0
-            server.give_up_overdue()
             tell(sinks, methodcaller("idle"), stop)
             if isinstance(item, End):
                 running -= 1
-                if item.error:
-                    errors.append(item.error)
-                    if not isinstance(item.error, SourceError):
-                        stop.set()
+                if isinstance(item.error, SourceError):
+                    log.error("%s", item.error)  # The others go on.
+                elif item.error:
+                    stop.set()
+                errors += [item.error] if item.error else []
             elif item:
                 for result in orders[item.frame.camera].add(item):
-                    books[result.frame.camera].add(result)
+                    if books[result.frame.camera].add(result) and result.outcome == "failed":
+                        log.warning(
+                            "%s: frame %d failed: %s", item.frame.camera.name, result.frame.number, result.error
+                        )
                     tell(sinks, methodcaller("show", result), stop)
                 if item.outcome == "failed" and not item.frame.camera.is_live and server.is_away(args.server_wait):
                     gave_up = True
@@ -178,6 +182,8 @@ def stream(
         stop.set()
         for thread in threads:
             thread.join(POLL_S)
+            if thread.is_alive():
+                log.warning("the %s hangs and is left behind", thread.name)
         tell(sinks, methodcaller("close"), stop)
         print(table(books), file=sys.stderr)
 
@@ -397,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.management_url,
                 args.client_batching,
                 args.max_in_flight,
-                args.server_wait,
+                min(args.server_wait, CHECK_PATIENCE_S) if args.check else args.server_wait,
                 stop,
             ) as server,
         ):

@@ -149,7 +149,7 @@ class Camera:
                 finally:
                     capture.release()
             except (SourceError, cv2.error) as error:
-                problem = " ".join(str(error).split())
+                problem = " ".join(str(error).replace(self._source, self.name).split())
             if stop.is_set():
                 return
             if lost_at is None:

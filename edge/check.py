@@ -15,7 +15,7 @@ LARGEST_BODY = 64 * 1024 * 1024  # Nothing larger is tried.
 def check(cameras: Sequence[Camera], server: TorchServe, per_request: int, max_in_flight: int) -> int:
     """Print what works and what does not, a line each; return request.py's exit code.
 
-    per_request, max_in_flight: the burst is of 2 * max_in_flight requests, of so many frames each.
+    per_request, max_in_flight: of the burst that shows the server's batching.
     """
     pictures, code = [], 0
     for camera in cameras:
@@ -54,7 +54,7 @@ def check_server(server: TorchServe, picture: bytes, per_request: int, max_in_fl
     told = "the server does not tell how they were batched"
     if shared:
         told = f"a forward pass was shared by {statistics.mean(shared):.1f} frames (mean), {max(shared)} (most)"
-    what = f"{count} requests of {per_request} frame{'s' if per_request > 1 else ''} at once"
+    what = f"{count} requests of {per_request} frame{'s' if per_request > 1 else ''}, {max_in_flight} at a time"
     print(f"ok    batching: {what}, {fps:.1f} FPS; {told}", flush=True)
 
     body = largest_body(server, picture)
@@ -65,10 +65,11 @@ def check_server(server: TorchServe, picture: bytes, per_request: int, max_in_fl
 
 
 def ask(server: TorchServe, picture: bytes, count: int, per_request: int) -> list[Result]:
-    """Send a number of requests at once; return the results. Raises ServerError if any of them failed."""
+    """Send a number of requests as fast as may be; return the results. Raises ServerError if any of them failed."""
     results: list[Result] = []
     now = time.monotonic()
     for _ in range(count):
+        server.wait_for_room()
         server.ask([Frame(TEST_CAMERA, number, now, picture) for number in range(1, per_request + 1)], results.append)
     server.finish()
     for result in results:

@@ -384,52 +384,18 @@ class TorchServe:
 
     def wait_for_room(self) -> None:
         """Wait while `max_in_flight` requests are out, or until `stop` is set."""
-        with self._changed:
-            while len(self._in_flight) >= self._max_in_flight and not self._stop.is_set():
+        self._give_up_overdue()
+        while len(self._in_flight) >= self._max_in_flight and not self._stop.is_set():
+            with self._changed:
                 self._changed.wait(POLL_S)
+            self._give_up_overdue()
 
-    def ask(self, frames: Sequence[Frame], deliver: Callable[[Result], None]) -> None:
+    def ask(self, frames: Sequence[Frame], deliver: Callable[[Result], None], instead_of: int | None = None) -> None:
         """Send a frame, or with JSON a batch of them, without waiting for the answer.
 
         What is over the server's limit goes in several requests. `deliver` gets one result for each frame, from other
-        threads.
+        threads. `instead_of` is the number of a request that was refused as too large.
         """
-        self._send(frames, deliver)
-
-    def finish(self) -> None:
-        """Wait for all results; when `stop` is set, for GRACE_S seconds at most, and the rest has failed."""
-        give_up_at = math.inf
-        with self._changed:
-            while self._in_flight and time.monotonic() < give_up_at:
-                self._changed.wait(POLL_S)
-                if self._stop.is_set():
-                    give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
-            late = dict(self._in_flight)
-        for number, request in late.items():
-            self._settle(number, request.failed(f"the run ended, and {GRACE_S:g} s later there was no answer"))
-
-    def takes(self, jpeg: bytes, size: int) -> bool:
-        """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
-        body = json.dumps({"0": base64.b64encode(jpeg).decode()}).encode().ljust(size)
-        headers = {"Content-Type": "application/json"}
-        timeout = (CONNECT_TIMEOUT_S, self._timeout_s(1))
-        try:
-            # Not by the session: what is refused may come back as a broken connection, which it would try again.
-            response = requests.post(
-                self._predictions, body, headers=headers, auth=self._token, timeout=timeout, allow_redirects=False
-            )
-        except requests.ConnectionError:
-            return False
-        return bool(response.status_code == requests.codes.ok)
-
-    def give_up_overdue(self) -> None:
-        """Fail requests whose answers trickle in so slowly that no timeout of the connection ends them."""
-        with self._changed:
-            overdue = {n: r for n, r in self._in_flight.items() if r.overdue_at < time.monotonic()}
-        for number, request in overdue.items():
-            self._settle(number, request.failed("no whole answer in time"))
-
-    def _send(self, frames: Sequence[Frame], deliver: Callable[[Result], None], instead_of: int | None = None) -> None:
         retry_until = time.monotonic() + self._patience_s
         parts = [
             Request(part, deliver, retry_until, retry_until + 2 * self._timeout_s(len(part)))
@@ -444,6 +410,41 @@ class TorchServe:
             self._in_flight.update(numbered)
         for number, part in numbered.items():
             self._post(number, part)
+
+    def finish(self) -> None:
+        """Wait for all results; when `stop` is set, for GRACE_S seconds at most, and the rest has failed."""
+        give_up_at = math.inf
+        while self._in_flight and time.monotonic() < give_up_at:
+            with self._changed:
+                self._changed.wait(POLL_S)
+            self._give_up_overdue()
+            if self._stop.is_set():
+                give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
+        with self._changed:
+            late = dict(self._in_flight)
+        for number, request in late.items():
+            self._settle(number, request.failed(f"the run ended, and {GRACE_S:g} s later there was no answer"))
+
+    def takes(self, jpeg: bytes, size: int) -> bool:
+        """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
+        body = json.dumps({"0": base64.b64encode(jpeg).decode()}).encode().ljust(size)
+        headers = {"Content-Type": "application/json"}
+        timeout = (CONNECT_TIMEOUT_S, self._timeout_s(1))
+        try:
+            # Not by the session: what is refused may come back as a broken connection, which it would try again.
+            response = requests.post(
+                self._predictions, body, headers=headers, auth=self._token, timeout=timeout, allow_redirects=False
+            )
+        except requests.RequestException:
+            return False
+        return bool(response.status_code == requests.codes.ok)
+
+    def _give_up_overdue(self) -> None:
+        """Fail requests whose answers trickle in so slowly that no timeout of the connection ends them."""
+        with self._changed:
+            overdue = {n: r for n, r in self._in_flight.items() if r.overdue_at < time.monotonic()}
+        for number, request in overdue.items():
+            self._settle(number, request.failed("no whole answer in time"))
 
     def _split(self, frames: Sequence[Frame]) -> list[Sequence[Frame]]:
         """Return the frames in parts within the server's limit, but for a frame that is over it by itself."""
@@ -482,11 +483,11 @@ class TorchServe:
             return  # given up, or even cancelled
         error = future.exception()
         if isinstance(error, requests.exceptions.ChunkedEncodingError) and time.monotonic() < request.retry_until:
-            # Half an answer: urllib3 retries only until the answer begins.
+            # Half an answer: urllib3 tries again only until an answer begins.
             self.health.bad(innermost(error))
-            self._stop.wait(POLL_S)
-            self._post(number, request)
-            return
+            if not self._stop.wait(POLL_S):
+                self._post(number, request)
+                return
         if error is not None:
             self._settle(number, request.failed(f"no answer: {innermost(error)}"))
             return
@@ -497,7 +498,7 @@ class TorchServe:
             # TorchServe's limit is lower than we thought, or that of a proxy before it.
             self._body_limit = min(self._body_limit, self._size(request.frames) - 1)
             if len(request.frames) > 1:
-                self._send(request.frames, request.deliver, instead_of=number)
+                self.ask(request.frames, request.deliver, instead_of=number)
             else:
                 self._settle(number, request.failed(TOO_LARGE))
             return

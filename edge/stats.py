@@ -92,13 +92,17 @@ class Books:
     first_capture: float | None = None
     last_answer: float = 0.0
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Result) -> bool:
+        """Enter a result; return whether it is the first with its cause."""
         self.outcomes[result.outcome] += 1
+        is_new = False
         if result.error is not None:
             cause = (result.outcome, result.error)
             # A server may have a new text for every frame.
-            is_known = cause in self.causes or len(self.causes) < MOST_CAUSES
-            self.causes[cause if is_known else (result.outcome, "other reasons")] += 1
+            if cause not in self.causes and len(self.causes) >= MOST_CAUSES:
+                cause = (result.outcome, "other reasons")
+            is_new = cause not in self.causes
+            self.causes[cause] += 1
         if self.first_capture is None:
             self.first_capture = result.frame.captured_at
         if result.latency_s is not None:
@@ -106,6 +110,7 @@ class Books:
             self.last_answer = max(self.last_answer, result.frame.captured_at + result.latency_s)
         if result.shared_by is not None:
             self.shared_by[result.shared_by] += 1
+        return is_new
 
     def fps(self) -> float:
         """Return answered frames over the time from the first capture to the last answer."""
