@@ -8,8 +8,8 @@ results of each camera into frame order and gives them to the sinks.
     cameras -> reader threads -> buffer -> sender thread -> requests in flight -> main thread -> sinks
 
 Every frame that was captured gets one result: answered, failed, dropped or expired. Answers go to standard output, all
-else to standard error. Exit codes: 0 every frame was answered, or dropped as it was asked for, 1 some failed, 2 wrong
-usage, 3 a source can't be read, 4 the server can't be used, 130 interrupted.
+else to standard error. Exit codes: 0 every frame was answered, or dropped as it was asked for, 1 some failed, or an
+output did, 2 wrong usage, 3 a source can't be read, 4 the server can't be used, 130 interrupted.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import methodcaller
@@ -28,13 +29,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+import requests
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from edge.buffer import Buffer, DropPolicy, InOrder
-from edge.cameras import Camera, Frame, SourceError
+from edge.buffer import BATCH_WAIT_S, Buffer, DropPolicy, InOrder
+from edge.cameras import Camera, Frame, SourceError, redact
 from edge.check import check
 from edge.client import ServerError, TorchServe
-from edge.sinks import JsonLines, Progress, Sink, SinkError, Terminal, Video, Window
+from edge.sinks import JsonLines, Progress, Sink, SinkError, Terminal, Video, Window, video_paths
 from edge.stats import Books, Outcome, Result, table
 
 HERE = Path(__file__).resolve().parent
@@ -42,7 +44,8 @@ SAMPLE = HERE / "data" / "sample_video.mp4"
 # Enough that TorchServe always finds a whole batch waiting while its workers are busy with others.
 BATCHES_IN_FLIGHT = 4
 FRAMES_WAITING = 4  # of each camera, or a JSON batch if that is more: enough for a hiccup, little enough to stay fresh
-RESULTS_WAITING = 1000  # Beyond that, a slow sink slows down everything before it.
+RESULTS_WAITING = 100  # Beyond that, a slow sink slows down everything before it.
+LEAD = 4  # So many times the frames in flight may a camera be ahead of its latest result.
 CHECK_PATIENCE_S = 2.0  # Whoever looks wants to know how it is now.
 POLL_S = 0.1
 STOP_TIMEOUT_S = 10.0  # for a camera that hangs in the driver
@@ -119,9 +122,9 @@ def tell(sinks: list[Sink], action: Callable[[Sink], None], stop: threading.Even
         except BrokenPipeError:  # Whoever read our output has left, as `| head` does.
             sinks.remove(sink)
             stop.set()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - One output must not end the others.
             sinks.remove(sink)
-            log.error("an output fails, going on without it: %s", error)
+            log.error("%s fails, going on without it: %s: %s", sink.name, type(error).__name__, error)
 
 
 def stream(
@@ -137,7 +140,8 @@ def stream(
     policies: dict[Camera, DropPolicy] = {
         camera: args.drop or ("oldest" if camera.is_live else "none") for camera in cameras
     }
-    buffer = Buffer(max(FRAMES_WAITING, args.batch_size), policies, stop)
+    lead = LEAD * args.max_in_flight * per_request(args)
+    buffer = Buffer(max(FRAMES_WAITING, args.batch_size), policies, stop, lead, min(BATCH_WAIT_S, args.max_age / 2))
     results: queue.Queue[Result | End] = queue.Queue(RESULTS_WAITING)
 
     def deliver(result: Result) -> None:
@@ -170,10 +174,11 @@ def stream(
                 errors += [item.error] if item.error else []
             elif item:
                 for result in orders[item.frame.camera].add(item):
-                    if books[result.frame.camera].add(result) and result.outcome == "failed":
-                        log.warning(
-                            "%s: frame %d failed: %s", item.frame.camera.name, result.frame.number, result.error
-                        )
+                    camera, number = result.frame.camera, result.frame.number
+                    if books[camera].add(result) and result.outcome == "failed":
+                        log.warning("%s: frame %d failed: %s", camera.name, number, result.error)
+                    if result.outcome != "dropped":
+                        buffer.delivered(camera)
                     tell(sinks, methodcaller("show", result), stop)
                 if item.outcome == "failed" and not item.frame.camera.is_live and server.is_away(args.server_wait):
                     gave_up = True
@@ -213,36 +218,49 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"expected 1 to 100, got {text!r}")
         return int(text)
 
+    def number(text: str, expected: str, least: float = 0.0) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
     def seconds(text: str) -> float:
-        number = float(text)
-        if not 0 <= number < math.inf:
-            raise ValueError
-        return number
+        return number(text, "seconds")
 
     def milliseconds(text: str) -> float:
-        number = float(text)
-        if not 0 < number < math.inf:
-            raise ValueError
-        return number / 1000
+        return number(text, "milliseconds from 1", 1) / 1000
 
     def rate(text: str) -> float:
-        if text == "max":
-            return math.inf
-        number = float(text)
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"expected frames a second, or max, got {text!r}")
-        return number
+        return math.inf if text == "max" else number(text, "frames a second from 0.001, or max", 0.001)
+
+    def source(text: str) -> str:
+        scheme = text.partition("://")[0]
+        if not text or (scheme != text and scheme not in ("rtsp", "rtsps", "http", "https")):
+            raise argparse.ArgumentTypeError(
+                f"expected a file, a device, or an address that begins with rtsp://, http:// or https://, got "
+                f"{redact(text)!r}"
+            )
+        return text
 
     def http_url(text: str) -> str:
         url = urlsplit(text)
-        if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
+        try:
+            requests.Request("POST", text).prepare()
+            is_complete = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except (requests.RequestException, ValueError):
+            is_complete = False
+        if not is_complete or url.username is not None:
             raise argparse.ArgumentTypeError("expected http://host:port or https://host:port, without user or password")
         return text.rstrip("/")
 
     parser = argparse.ArgumentParser(
         description="Stream cameras to TorchServe and tell what it sees.",
-        epilog="exit codes: 0 every frame was answered, or dropped as it was asked for, 1 some failed, 2 wrong usage, "
-        "3 a source can't be read, 4 the server can't be used, 130 interrupted",
+        allow_abbrev=False,
+        epilog="exit codes: 0 every frame was answered, or dropped as it was asked for, 1 some failed, or an output "
+        "did, 2 wrong usage, 3 a source can't be read, 4 the server can't be used, 130 interrupted",
     )
     parser.add_argument(
         "--client-batching",
@@ -263,6 +281,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     cameras.add_argument(
         "--input",
         action="append",
+        type=source,
         metavar="SOURCE",
         help="a video file, a device such as 0 or /dev/video0, or the URL of a stream (rtsp, http, https); once for "
         "each camera (default: the clip in data/)",
@@ -373,26 +392,46 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.management_url = "http://127.0.0.1:8081"
     elif args.management_url and urlsplit(args.management_url).hostname != host:
         parser.error(f"argument --management-url: expected an address on the host of --url, {host}")
+    # An output must not be another one, nor what is read.
+    written = [Path(args.jsonl)] if args.jsonl not in (None, "-") else []
+    try:
+        written += video_paths(args.save_video, len(args.input)) if args.save_video else []
+    except SinkError as error:
+        parser.error(str(error))
+    taken = [Path(name).resolve() for name in args.input if "://" not in name]
+    for path in written:
+        if path.resolve() in taken:
+            parser.error(f"{path} is an input or another output too")
+        taken.append(path.resolve())
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A name may have any letters.
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # It tells every attempt; edge.client tells the trouble once.
     stop = threading.Event()
-    interrupted = threading.Event()
+    was_interrupted = False
+    # Windows has no SIGHUP; nohup has it ignored.
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    signals = [number for number in signals if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
 
     def interrupt(*_: object) -> None:
         """Stop reading and finish what is on its way; a second signal ends the program at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        nonlocal was_interrupted
+        was_interrupted = True
+        for number in signals:
             signal.signal(number, signal.SIG_DFL)
-        interrupted.set()
-        stop.set()
+        # In a thread: the one that was interrupted may just hold the event's lock.
+        threading.Thread(target=stop.set).start()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals:
         signal.signal(number, interrupt)
     cameras = [Camera(name, args.fps, args.loop, args.resize, args.jpeg_quality) for name in args.input]
+    if len({camera.name for camera in cameras}) < len(cameras):
+        log.warning("two cameras have the same name: their results can't be told apart")
     try:
         with (
             logging_redirect_tqdm(),
@@ -424,13 +463,13 @@ def main(argv: list[str] | None = None) -> int:
     except ServerError as error:
         print(f"request.py: {error}", file=sys.stderr)
         code = 4
-    return 130 if interrupted.is_set() else code
+    return 130 if was_interrupted else code
 
 
 def open_sinks(cameras: list[Camera], args: argparse.Namespace, stop: threading.Event) -> list[Sink]:
     """Return the sinks that were asked for. Raises SinkError if one can't be used."""
     sinks: list[Sink] = []
-    if args.jsonl:
+    if args.jsonl is not None:
         sinks.append(JsonLines(args.jsonl))
     if args.save_video:
         sinks.append(Video(args.save_video, cameras))
@@ -454,4 +493,9 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main())
+    try:
+        exit_code = main()
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+        exit_code = 1
+    leave(exit_code)

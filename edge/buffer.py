@@ -20,13 +20,27 @@ class Buffer:
 
     A full lane drops its oldest waiting frame or the new one, or, with "none", has the camera wait. When `stop` is set
     nothing goes in any more, and what is left can still be taken out.
+
+    lead: how many frames of a camera may be taken before their results are delivered, in frame order. When one result
+        is late those after it wait, and they must not become too many.
+    batch_wait_s: how long the first frame of an incomplete batch waits for the others.
     """
 
-    def __init__(self, size: int, policies: Mapping[Camera, DropPolicy], stop: threading.Event) -> None:
+    def __init__(
+        self,
+        size: int,
+        policies: Mapping[Camera, DropPolicy],
+        stop: threading.Event,
+        lead: int = 1_000_000,
+        batch_wait_s: float = BATCH_WAIT_S,
+    ) -> None:
         self._size = size
         self._policies = policies
         self._stop = stop
+        self._lead = lead
+        self._batch_wait_s = batch_wait_s
         self._lanes: dict[Camera, deque[Frame]] = {camera: deque() for camera in policies}
+        self._undelivered = dict.fromkeys(policies, 0)
         self._turns = deque(policies)
         self._open = set(policies)
         self._changed = threading.Condition()
@@ -51,35 +65,52 @@ class Buffer:
             self._open.discard(camera)
             self._changed.notify_all()
 
+    def delivered(self, camera: Camera) -> None:
+        """Say that the result of a frame that was taken is delivered."""
+        with self._changed:
+            self._undelivered[camera] -= 1
+            self._changed.notify_all()
+
     def take(self, count: int) -> list[Frame]:
         """Take up to `count` frames, one of each camera in turn, waiting for them.
 
-        Fewer come if the first has waited BATCH_WAIT_S for the others or if no others will come; none if that was all.
+        Fewer come if the first has waited long enough for the others or if no others will come; none if that was all.
         """
         deadline: float | None = None
         with self._changed:
-            while (waiting := sum(map(len, self._lanes.values()))) < count and self._open and not self._stop.is_set():
+            while not self._stop.is_set() and self._takable() < count and self._are_more_to_come():
                 now = time.monotonic()
-                if waiting and deadline is None:
-                    deadline = now + BATCH_WAIT_S
+                if deadline is None and self._takable():
+                    deadline = now + self._batch_wait_s
                 if deadline is not None and now >= deadline:
                     break
                 self._changed.wait(WAKE_UP_S if deadline is None else min(WAKE_UP_S, deadline - now))
             frames: list[Frame] = []
-            while len(frames) < count and any(self._lanes.values()):
-                lane = self._lanes[self._turns[0]]
+            while len(frames) < count and self._takable():
+                camera = self._turns[0]
                 self._turns.rotate(-1)
-                if lane:
-                    frames.append(lane.popleft())
+                if self._lanes[camera] and self._may_take(camera):
+                    frames.append(self._lanes[camera].popleft())
+                    self._undelivered[camera] += 1
             self._changed.notify_all()
             return frames
 
+    def _may_take(self, camera: Camera) -> bool:
+        return self._undelivered[camera] < self._lead or self._stop.is_set()
+
+    def _takable(self) -> int:
+        """Return how many frames could be taken now."""
+        if self._stop.is_set():
+            return sum(map(len, self._lanes.values()))
+        return sum(min(len(lane), self._lead - self._undelivered[camera]) for camera, lane in self._lanes.items())
+
+    def _are_more_to_come(self) -> bool:
+        """Whether waiting may bring more than can be taken now."""
+        return bool(self._open) or self._takable() < sum(map(len, self._lanes.values()))
+
 
 class InOrder:
-    """The results of one camera that came before those of earlier frames.
-
-    Every frame gets a result within its deadline, and pictures that nobody will see are not kept, so these are few.
-    """
+    """The results of one camera that came before those of earlier frames."""
 
     def __init__(self) -> None:
         self._next = 1

@@ -14,7 +14,8 @@ from typing import Any
 
 import cv2
 
-DEFAULT_FPS = 25.0  # For a source that does not tell its frame rate.
+DEFAULT_FPS = 25.0  # For a source that does not tell its frame rate, or one that can't be.
+HIGHEST_FPS = 240.0
 # OpenCV's own timeouts for network streams; a device has 10 s in OpenCV's driver.
 OPEN_TIMEOUT_MS = 5_000
 READ_TIMEOUT_MS = 5_000
@@ -23,7 +24,7 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 3.0
 # Passwords in the query or path of a URL, where many cameras take them: ?user=admin&pwd=...
 SECRET = re.compile(
-    r"((?:user|usr|login|pass|pwd|psw|token|key|auth|secret|signature)[^=/?&;]*=)[^&;#]*", re.IGNORECASE
+    r"((?:user|usr|login|pass|pwd|psw|pw|token|key|auth|secret|sig|cred|sid|session)[^=/?&;]*=)[^&;#]*", re.IGNORECASE
 )
 
 Picture = tuple[float, Any]  # When it was read, time.monotonic() seconds; (height, width, 3) uint8, BGR.
@@ -126,7 +127,7 @@ class Camera:
 
     def _watch(self, stop: threading.Event) -> Iterator[Picture]:
         """Yield the pictures of a live source, opening it again and again while it is lost."""
-        due, pause, lost_at = -math.inf, FIRST_PAUSE_S, None
+        due, pause, state, is_told, seen_at = -math.inf, FIRST_PAUSE_S, "not there", False, time.monotonic()
         interval = self._interval or 0.0
         while not stop.is_set():
             problem = "no more frames come"
@@ -141,9 +142,9 @@ class Camera:
                         ok, image = capture.retrieve()
                         if not ok:
                             break
-                        if lost_at is not None:
-                            log.warning("%s: the camera is back after %.1f s", self.name, captured_at - lost_at)
-                        pause, lost_at = FIRST_PAUSE_S, None
+                        if is_told:
+                            log.warning("%s: the camera is back after %.1f s", self.name, captured_at - seen_at)
+                        pause, state, is_told, seen_at = FIRST_PAUSE_S, "lost", False, captured_at
                         due = (due if captured_at < due + interval else captured_at) + interval
                         yield captured_at, image
                 finally:
@@ -152,16 +153,19 @@ class Camera:
                 problem = " ".join(str(error).replace(self._source, self.name).split())
             if stop.is_set():
                 return
-            if lost_at is None:
-                lost_at = time.monotonic()
-                log.warning("%s: the camera is lost, %s; trying until it is back", self.name, problem)
+            if not is_told:
+                is_told = True
+                log.warning("%s: the camera is %s, %s; trying until it is back", self.name, state, problem)
             stop.wait(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _open(self) -> cv2.VideoCapture:
         path = Path(self._source)
         if not self.is_live and not path.exists():
-            raise SourceError(f"no such file: {self.name}")
+            # Whatever is before an @ may be a password, in an address without its beginning.
+            raise SourceError(
+                f"no such file: {self.name.rpartition('@')[2]} (an address begins with rtsp://, http:// or https://)"
+            )
         if not self.is_live and path.is_dir():
             raise SourceError(f"{self.name} is a folder, expected a video file")
         # What goes wrong is said by SourceError, in one line, and not by OpenCV and FFmpeg as well.
@@ -175,7 +179,7 @@ class Camera:
                 READ_TIMEOUT_MS,
             ]
             capture = cv2.VideoCapture(self._source, cv2.CAP_FFMPEG, timeouts)
-            hint = f"can't open {self.name}: check the address and that the stream is running"
+            hint = f"can't open {self.name}: check address and password, and that the stream is running"
         elif self.is_live:
             capture = cv2.VideoCapture(int(self._source) if self._source.isdecimal() else self._source)
             hint = f"no camera {self.name}: check that it is plugged in and that no other program uses it"
@@ -185,7 +189,7 @@ class Camera:
         if not capture.isOpened():
             raise SourceError(hint)
         fps = capture.get(cv2.CAP_PROP_FPS)
-        self.fps = fps if math.isfinite(fps) and fps > 0 else DEFAULT_FPS
+        self.fps = fps if 0 < fps <= HIGHEST_FPS else DEFAULT_FPS
         if self.is_live and self._interval:
             self.fps = min(self.fps, 1 / self._interval)
         self.frame_count = 0 if self.is_live else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))

@@ -25,7 +25,8 @@ def check(cameras: Sequence[Camera], server: TorchServe, per_request: int, max_i
             print(f"FAIL  camera: {error}", flush=True)
             code = 3
         else:
-            print(f"ok    camera {camera.name}: {camera.fps:g} frames a second, {len(pictures[-1]):,} bytes each")
+            size = f"{len(pictures[-1]):,} bytes a frame"
+            print(f"ok    camera {camera.name}: states {camera.fps:g} frames a second, {size}", flush=True)
     try:
         check_server(server, max(pictures, key=len, default=TEST_PICTURE), per_request, max_in_flight)
     except ServerError as error:
@@ -53,7 +54,8 @@ def check_server(server: TorchServe, picture: bytes, per_request: int, max_in_fl
     shared = [result.shared_by for result in burst if result.shared_by is not None]
     told = "the server does not tell how they were batched"
     if shared:
-        told = f"a forward pass was shared by {statistics.mean(shared):.1f} frames (mean), {max(shared)} (most)"
+        mean = statistics.harmonic_mean(shared)  # over the passes: each is told once by each of its frames
+        told = f"a forward pass was shared by {mean:.1f} frames (mean), {max(shared)} (most)"
     what = f"{count} requests of {per_request} frame{'s' if per_request > 1 else ''}, {max_in_flight} at a time"
     print(f"ok    batching: {what}, {fps:.1f} FPS; {told}", flush=True)
 

@@ -9,11 +9,11 @@ import os
 import queue
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from requests_futures.sessions import FuturesSession
-from urllib3.exceptions import MaxRetryError, SSLError
+from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
 from edge.cameras import Camera, Frame
@@ -49,9 +49,10 @@ NOTICE_AFTER_S = 2.0
 # How long a request still waits for its answer once the run is to end.
 GRACE_S = 5.0
 POLL_S = 0.5
-# Tokens that a single request tries, and the seconds from one renewal to the next.
+# urllib3 calls itself for each attempt: with more it would come to Python's limit. Whoever has patience begins anew.
+MOST_ATTEMPTS = 100
+# Tokens that a single request tries.
 MOST_TOKENS = 5
-RENEWAL_PAUSE_S = 1.0
 # Asked about before the first frame is read.
 TEST_CAMERA = Camera("test picture")
 TEST_PICTURE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
@@ -95,7 +96,7 @@ class Health:
 
 
 class RetryUntil(Retry):
-    """urllib3's Retry, ended by time instead of a number of attempts, and by `stop`.
+    """urllib3's Retry, ended by time as well as by a number of attempts, and by `stop`.
 
     patience_s: how long after the first failure another attempt may begin.
     """
@@ -126,8 +127,7 @@ class RetryUntil(Retry):
         """Note one more failure. Raises MaxRetryError when there shall be no further attempt."""
         self._health.bad(f"{response.status} {response.reason}" if response is not None else innermost(error))
         deadline = self._deadline or time.monotonic() + self._patience_s
-        # A certificate that is not trusted now will not be in a second either.
-        if time.monotonic() >= deadline or self._stop.is_set() or isinstance(error, SSLError):
+        if time.monotonic() >= deadline or self._stop.is_set() or is_final(error):
             raise MaxRetryError(_pool, url or "", error)
         following = super().increment(method, url, response, error, _pool, _stacktrace)
         following._deadline = deadline
@@ -154,14 +154,13 @@ class BearerToken(AuthBase):
         self._stop = stop
         self._health = health
         self._token: str | None = None
-        self._api_key: str | None = None
-        self._renewed_at = -math.inf
+        self._api_key = ""
         self._lock = threading.Lock()
 
     def load(self) -> None:
         """Read the token. Raises ServerError if its file can't be read or if there is no token in it."""
         path = self._token_file or Path("key_file.json")
-        api_key = None
+        api_key = ""
         if self._token_file is None and (token := os.environ.get("TORCHSERVE_TOKEN", "").strip()):
             self.source = "TORCHSERVE_TOKEN"
         elif self._token_file is None and not path.exists():
@@ -171,13 +170,13 @@ class BearerToken(AuthBase):
             try:
                 keys = json.loads(path.read_text(encoding="utf-8"))
                 token = str(keys["inference"]["key"])
-                api_key = keys.get("API", {}).get("key")
+                api_key = str(keys.get("API", {}).get("key", ""))
             except OSError as error:
                 raise ServerError(f"can't read the token file {path}: {error.strerror}") from error
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ServerError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
         # Anything else would end in an error of the HTTP library that shows it.
-        if not re.fullmatch("[!-~]+", token):
+        if not re.fullmatch("[!-~]*", api_key) or not re.fullmatch("[!-~]+", token):
             raise ServerError(f"what is in {self.source} is no token: expected printable ASCII without spaces")
         self._token, self._api_key = token, api_key
 
@@ -191,7 +190,7 @@ class BearerToken(AuthBase):
         """Send a refused request again with another token, as soon as there is one: a response hook of requests."""
         deadline = time.monotonic() + self.patience_s
         replaced = 0
-        while error_type(response) == "InvalidKeyException" and self.source != "TORCHSERVE_TOKEN":
+        while error_type(response) == "InvalidKeyException":
             if replaced < MOST_TOKENS and self._replace(response.request.headers.get("Authorization")):
                 replaced += 1
                 response.close()
@@ -199,11 +198,10 @@ class BearerToken(AuthBase):
                 request.headers["Authorization"] = f"Bearer {self._token}"
                 response = response.connection.send(request, **options)
                 response.request = request
-            elif time.monotonic() >= deadline or self._stop.is_set():
+                continue
+            self._health.bad(f"400 {error_text(response)}")
+            if time.monotonic() >= deadline or self._stop.wait(POLL_S):
                 break
-            else:
-                self._health.bad(f"400 {error_text(response)}")
-                self._stop.wait(POLL_S)
         return response
 
     def _replace(self, refused: str | None) -> bool:
@@ -213,26 +211,29 @@ class BearerToken(AuthBase):
                 return True  # Another request's answer has brought it already.
             try:
                 self.load()
-                if f"Bearer {self._token}" == refused and time.monotonic() - self._renewed_at > RENEWAL_PAUSE_S:
-                    self._renew()
+                if f"Bearer {self._token}" == refused and self._api_key and self._management_url:
+                    self._renew(self._management_url)
                     self.load()
+                    if f"Bearer {self._token}" == refused:
+                        # Once is enough: each renewal shuts out whoever else has the token.
+                        self._management_url = None
+                        log.warning("TorchServe has a new token, but %s does not: is it a copy?", self.source)
             except (ServerError, requests.RequestException) as error:
                 # The file may be half written. If it is not, that is said when the patience is over.
                 self._health.bad(f"token refused, and no other to be had: {innermost(error)}")
             return bool(self._token) and f"Bearer {self._token}" != refused
 
-    def _renew(self) -> None:
-        """Have TorchServe write a new inference token into its key file, the old one dies at once."""
-        if not self._management_url or not self._api_key:
-            return
-        self._renewed_at = time.monotonic()
-        requests.get(
-            f"{self._management_url}/token",
-            params={"type": "inference"},
-            headers={"Authorization": f"Bearer {self._api_key}"},
-            timeout=CONNECT_TIMEOUT_S,
-            allow_redirects=False,
-        ).raise_for_status()
+    def _renew(self, management_url: str) -> None:
+        """Have TorchServe write a new inference token into its key file; the old one dies at once."""
+        with requests.Session() as session:
+            session.trust_env = False  # Neither a proxy nor a password of ~/.netrc has anything to do with this.
+            session.get(
+                f"{management_url}/token",
+                params={"type": "inference"},
+                headers={"Authorization": f"Bearer {self._api_key}"},
+                timeout=CONNECT_TIMEOUT_S,
+                allow_redirects=False,
+            ).raise_for_status()
 
 
 @dataclass
@@ -278,9 +279,8 @@ class TorchServe:
         self._body_limit = BODY_LIMIT
         self._predictions = f"{self.url}/predictions/{quote(model, safe='')}"
         self._token = BearerToken(token_file, management_url, stop, self.health)
-        self._session = FuturesSession(max_workers=max_in_flight)
-        self._session.auth = self._token
-        self._set_patience(patience_s)
+        self._session = self._open_session(patience_s)
+        self._patience_s = patience_s
         self._numbers = itertools.count()
         self._in_flight: dict[int, Request] = {}
         self._changed = threading.Condition()
@@ -291,17 +291,16 @@ class TorchServe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What has not come by now was given up: see finish().
-        self._session.executor.shutdown(wait=False, cancel_futures=True)
-        requests.Session.close(self._session)
+        close(self._session)
 
-    def _set_patience(self, patience_s: float) -> None:
-        self._patience_s = patience_s
+    def _open_session(self, patience_s: float) -> FuturesSession:
+        session = FuturesSession(max_workers=self._max_in_flight)
+        session.auth = self._token
         retries = RetryUntil(
             patience_s,
             self._stop,
             self.health,
-            total=None,
+            total=MOST_ATTEMPTS,
             status_forcelist=TRANSIENT,
             allowed_methods=None,  # any: to classify a frame twice does no harm
             backoff_factor=0.1,
@@ -310,43 +309,48 @@ class TorchServe:
             respect_retry_after_header=False,  # it may say hours; the deadline is ours
         )
         for scheme in ("http://", "https://"):
-            self._session.mount(
+            session.mount(
                 scheme, HTTPAdapter(pool_connections=1, pool_maxsize=self._max_in_flight, max_retries=retries)
             )
+        return session
 
     def wait_until_ready(self, patience_s: float) -> None:
-        """Wait until the server takes our token, knows the model and answers a test picture; return early on `stop`.
+        """Wait until the server takes our token, knows the model and answers a test picture.
 
         From then on a request is tried again for `patience_s` seconds only. Raises ServerError if the server can't be
-        used, at once if waiting would not help.
+        used, at once if waiting would not help, or if `stop` is set.
         """
         self.connect()
-        if self._stop.is_set():
-            return
         result = self.ask_one(TEST_PICTURE)
-        if result.outcome != "answered" and not self._stop.is_set():
+        if result.outcome != "answered":
             raise ServerError(f"{self.url} does not classify a test picture: {result.error}")
-        self._token.patience_s = patience_s
-        self._set_patience(patience_s)
+        close(self._session)
+        self._token.patience_s = self._patience_s = patience_s
+        self._session = self._open_session(patience_s)
 
     def connect(self) -> None:
         """Wait until the server answers. Raises ServerError if it does not, refuses our token or has no such model."""
         self._token.load()
         # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs nothing.
-        future = self._session.options(self._predictions, timeout=SHORTEST_TIMEOUT_S, allow_redirects=False)
-        try:
-            response = future.result(timeout=self._patience_s + 2 * SHORTEST_TIMEOUT_S)
-        except requests.exceptions.SSLError as error:
-            raise ServerError(f"no trusted TLS connection to {self.url}: {innermost(error)}") from error
-        except (requests.ConnectionError, requests.Timeout, FutureTimeoutError) as error:
-            if not self._stop.is_set():
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            future = self._session.options(self._predictions, timeout=SHORTEST_TIMEOUT_S, allow_redirects=False)
+            while not future.done() and not self._stop.is_set():
+                wait([future], timeout=POLL_S)
+            if self._stop.is_set():
+                raise ServerError(f"interrupted while waiting for {self.url}")
+            error = future.exception()
+            if error is None:
+                self._check(future.result())
+                return
+            if is_final(error):
+                raise ServerError(f"no trusted TLS connection to {self.url}: {innermost(error)}") from error
+            if not isinstance(error, requests.ConnectionError | requests.Timeout):
+                raise ServerError(f"can't use {self.url}: {innermost(error)}") from error
+            if time.monotonic() >= deadline:
                 raise ServerError(
                     f"no server at {self.url} ({innermost(error)}): start TorchServe, or pass its address as --url"
                 ) from error
-        except requests.RequestException as error:
-            raise ServerError(f"can't use {self.url}: {error}") from error
-        else:
-            self._check(response)
 
     def _check(self, response: requests.Response) -> None:
         """Raise ServerError if the server refuses our token or does not know the model."""
@@ -383,9 +387,14 @@ class TorchServe:
         return away_s is not None and away_s >= seconds
 
     def wait_for_room(self) -> None:
-        """Wait while `max_in_flight` requests are out, or until `stop` is set."""
+        """Wait while `max_in_flight` requests are out, or until `stop` is set.
+
+        While the server is away a single one is enough to find out when it is back.
+        """
         self._give_up_overdue()
-        while len(self._in_flight) >= self._max_in_flight and not self._stop.is_set():
+        while not self._stop.is_set() and len(self._in_flight) >= (
+            1 if self.is_away(NOTICE_AFTER_S) else self._max_in_flight
+        ):
             with self._changed:
                 self._changed.wait(POLL_S)
             self._give_up_overdue()
@@ -403,7 +412,8 @@ class TorchServe:
         ]
         with self._changed:
             if instead_of is not None:
-                if self._in_flight[instead_of].is_settled:
+                refused = self._in_flight.get(instead_of)
+                if refused is None or refused.is_settled:
                     return
                 del self._in_flight[instead_of]
             numbered = {next(self._numbers): part for part in parts}
@@ -414,19 +424,20 @@ class TorchServe:
     def finish(self) -> None:
         """Wait for all results; when `stop` is set, for GRACE_S seconds at most, and the rest has failed."""
         give_up_at = math.inf
-        while self._in_flight and time.monotonic() < give_up_at:
+        while self._in_flight:  # until the last result is delivered, by whichever thread
             with self._changed:
                 self._changed.wait(POLL_S)
+                late = dict(self._in_flight) if time.monotonic() >= give_up_at else {}
+            for number, request in late.items():
+                self._settle(number, request.failed(f"the run ended, and {GRACE_S:g} s later there was no answer"))
             self._give_up_overdue()
             if self._stop.is_set():
                 give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
-        with self._changed:
-            late = dict(self._in_flight)
-        for number, request in late.items():
-            self._settle(number, request.failed(f"the run ended, and {GRACE_S:g} s later there was no answer"))
 
     def takes(self, jpeg: bytes, size: int) -> bool:
         """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
+        if self._stop.is_set():
+            raise ServerError("interrupted")
         body = json.dumps({"0": base64.b64encode(jpeg).decode()}).encode().ljust(size)
         headers = {"Content-Type": "application/json"}
         timeout = (CONNECT_TIMEOUT_S, self._timeout_s(1))
@@ -440,11 +451,18 @@ class TorchServe:
         return bool(response.status_code == requests.codes.ok)
 
     def _give_up_overdue(self) -> None:
-        """Fail requests whose answers trickle in so slowly that no timeout of the connection ends them."""
+        """Fail requests whose answers trickle in so slowly that no timeout of the connection ends them.
+
+        Their threads may be lost for long: what comes after them gets a new session.
+        """
         with self._changed:
             overdue = {n: r for n, r in self._in_flight.items() if r.overdue_at < time.monotonic()}
         for number, request in overdue.items():
             self._settle(number, request.failed("no whole answer in time"))
+        if overdue:
+            self.health.bad("no whole answer in time")
+            lost, self._session = self._session, self._open_session(self._patience_s)
+            close(lost)
 
     def _split(self, frames: Sequence[Frame]) -> list[Sequence[Frame]]:
         """Return the frames in parts within the server's limit, but for a frame that is over it by itself."""
@@ -479,36 +497,44 @@ class TorchServe:
         future.add_done_callback(partial(self._answered, number, request))
 
     def _answered(self, number: int, request: Request, future: "Future[requests.Response]") -> None:
+        """Take the answer to a request, in the thread that got it: whatever it is, every frame has its result."""
+        try:
+            results = self._results(number, request, future)
+        except Exception as error:
+            log.exception("an answer that nobody foresaw")
+            results = request.failed(f"{type(error).__name__}: {error}")
+        self._settle(number, results)
+
+    def _results(self, number: int, request: Request, future: "Future[requests.Response]") -> list[Result]:
+        """Return the results of a request, none if it goes on: tried again, or in parts."""
         if request.is_settled:
-            return  # given up, or even cancelled
+            return []  # given up
         error = future.exception()
-        if isinstance(error, requests.exceptions.ChunkedEncodingError) and time.monotonic() < request.retry_until:
-            # Half an answer: urllib3 tries again only until an answer begins.
-            self.health.bad(innermost(error))
+        response = None if error else future.result()
+        if is_passing(error, response) and time.monotonic() < request.retry_until:
+            # What urllib3 does not try again: half an answer, and more than MOST_ATTEMPTS.
+            self.health.bad(innermost(error) if error else "no answer")
             if not self._stop.wait(POLL_S):
                 self._post(number, request)
-                return
-        if error is not None:
-            self._settle(number, request.failed(f"no answer: {innermost(error)}"))
-            return
-        response = future.result()
+                return []
+        if error or response is None:
+            return request.failed(f"no answer: {innermost(error)}" if error else "no answer")
         if response.status_code not in TRANSIENT and error_type(response) != "InvalidKeyException":
             self.health.good()
-        if response.status_code == requests.codes.request_entity_too_large:
-            # TorchServe's limit is lower than we thought, or that of a proxy before it.
-            self._body_limit = min(self._body_limit, self._size(request.frames) - 1)
-            if len(request.frames) > 1:
-                self.ask(request.frames, request.deliver, instead_of=number)
-            else:
-                self._settle(number, request.failed(TOO_LARGE))
-            return
-        self._settle(number, read_results(response, request.frames, self._as_json))
+        if response.status_code != requests.codes.request_entity_too_large:
+            return read_results(response, request.frames, self._as_json)
+        # TorchServe's limit is lower than we thought, or that of a proxy before it.
+        self._body_limit = min(self._body_limit, self._size(request.frames) - 1)
+        if len(request.frames) == 1:
+            return request.failed(TOO_LARGE)
+        self.ask(request.frames, request.deliver, instead_of=number)
+        return []
 
     def _settle(self, number: int, results: Sequence[Result]) -> None:
-        """Deliver a request's results, once: it may be given up and answered at the same time."""
+        """Deliver a request's results, if there are any, once: it may be given up and answered at the same time."""
         with self._changed:
             request = self._in_flight.get(number)
-            if request is None or request.is_settled:
+            if not results or request is None or request.is_settled:
                 return
             request.is_settled = True
         for result in results:
@@ -516,6 +542,12 @@ class TorchServe:
         with self._changed:
             del self._in_flight[number]
             self._changed.notify_all()
+
+
+def close(session: FuturesSession) -> None:
+    """Send nothing more; requests that are out may go on, in threads that nobody waits for."""
+    session.executor.shutdown(wait=False)
+    requests.Session.close(session)
 
 
 def json_size(jpegs: Sequence[bytes]) -> int:
@@ -534,13 +566,13 @@ def read_results(response: requests.Response, frames: Sequence[Frame], as_json: 
         return failed(f"{response.status_code} {error_text(response)}")
     try:
         body = response.json()
-    except (requests.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return failed("the answer is not JSON")
     answers = body if as_json else [body]
     if not isinstance(answers, list) or len(answers) != len(frames):
         return failed(f"the answer does not fit: expected {len(frames)} predictions")
     shared = response.headers.get(BATCH_HEADER, "")
-    shared_by = int(shared) if re.fullmatch(r"[0-9]{1,9}", shared) else None
+    shared_by = int(shared) if re.fullmatch(r"[1-9][0-9]{0,8}", shared) else None
     results = []
     for frame, answer in zip(frames, answers, strict=True):
         if is_prediction(answer):
@@ -557,15 +589,30 @@ def is_prediction(answer: Any) -> bool:
     return (
         isinstance(answer, dict)
         and bool(answer)
-        and all(isinstance(value, float | int) and math.isfinite(value) for value in answer.values())
+        and all(isinstance(value, float | int) and abs(value) < math.inf for value in answer.values())
     )
+
+
+def is_final(error: BaseException | None) -> bool:
+    """Whether an error will be the same in a second: a certificate that is not trusted, or no TLS at all."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = cause(error)
+    return error is not None and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+
+
+def is_passing(error: BaseException | None, response: requests.Response | None) -> bool:
+    """Whether another attempt may help."""
+    if response is not None:
+        return response.status_code in TRANSIENT
+    passing = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    return isinstance(error, passing) and not is_final(error)
 
 
 def error_body(response: requests.Response) -> dict[str, Any]:
     """Return the JSON object of an error answer, {} if there is none."""
     try:
         body = response.json()
-    except (requests.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -586,11 +633,14 @@ def one_line(text: str) -> str:
     return "".join(character for character in " ".join(text.split()) if character.isprintable())[:300]
 
 
+def cause(error: BaseException) -> BaseException | None:
+    """Return what is one level below an error: requests wraps urllib3, which wraps the operating system."""
+    inner = [getattr(error, "reason", None), error.__cause__, error.__context__, *error.args]
+    return next((reason for reason in inner if isinstance(reason, BaseException)), None)
+
+
 def innermost(error: BaseException) -> str:
-    """Return the cause at the bottom of an error: requests wraps urllib3, which wraps the operating system."""
-    while True:
-        inner = [getattr(error, "reason", None), error.__cause__, error.__context__, *error.args]
-        reasons = [reason for reason in inner if isinstance(reason, BaseException)]
-        if not reasons:
-            return one_line(str(error)) or type(error).__name__
-        error = reasons[0]
+    """Return what the error at the bottom says."""
+    while below := cause(error):
+        error = below
+    return one_line(str(error)) or type(error).__name__

@@ -3,7 +3,11 @@
 Every sink takes every result, those of one camera in frame order, on the main thread.
 """
 
+import errno
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,6 +30,10 @@ CODECS = {".mp4": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 LONGEST_STILL_S = 10.0
 LABELS_SHOWN = 3
 WINDOW_TIMEOUT_S = 30
+DISK_RESERVE = 10_000_000  # bytes that a video leaves free
+DISK_CHECK_FRAMES = 25
+# tqdm's own lock is for several processes, and leaves a warning behind on some systems.
+tqdm.set_lock(threading.RLock())
 
 
 class SinkError(Exception):
@@ -33,7 +41,9 @@ class SinkError(Exception):
 
 
 class Sink:
-    """Takes results; by itself it leaves them alone."""
+    """Takes results; by itself it leaves them alone. `name` is what messages call it."""
+
+    name = ""
 
     def show(self, result: Result) -> None:
         """Take the next result of its camera. Raises OSError if it can't be written."""
@@ -52,6 +62,8 @@ class Terminal(Sink):
     as_json: print them as one list, as the server answers a JSON batch.
     show_names: say whose answers they are.
     """
+
+    name = "standard output"
 
     def __init__(self, batch_size: int, as_json: bool, log_every: int, show_names: bool) -> None:
         self._batch_size = batch_size
@@ -92,6 +104,7 @@ class JsonLines(Sink):
     """Writes a JSON object for each frame, on a line of its own. Raises SinkError if the file can't be written."""
 
     def __init__(self, path: str) -> None:
+        self.name = path
         self._is_stdout = path == "-"
         try:
             # Line by line, so that whatever ends the run leaves whole lines.
@@ -128,20 +141,17 @@ class JsonLines(Sink):
 class Video(Sink):
     """Writes each camera's frames as a video, with what was answered drawn on them.
 
-    A file keeps its own timing; a live source plays at the rate that it states, and each of its pictures is shown until
-    the next one was captured. In place of a frame that was not sent the picture before it stands still. With several
+    A file keeps its own timing. A live source has the rate that it states, its frames are repeated or left out so that
+    it plays as long as it took. In place of a frame that was not sent the picture before it stands still. With several
     cameras each has a file of its own, numbered in the order of the cameras: FILE-1.mp4, FILE-2.mp4, ...
 
     Raises SinkError if they can't be written.
     """
 
     def __init__(self, path: Path, cameras: list[Camera]) -> None:
-        if path.suffix.lower() not in CODECS:
-            raise SinkError(f"can't write {path}: expected a name that ends in {', '.join(CODECS)}")
-        paths = [path]
-        if len(cameras) > 1:
-            paths = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, len(cameras) + 1)]
-        self._files = {camera: VideoFile(path) for camera, path in zip(cameras, paths, strict=True)}
+        self.name = str(path)
+        files = [VideoFile(each) for each in video_paths(path, len(cameras))]
+        self._files = dict(zip(cameras, files, strict=True))
 
     def show(self, result: Result) -> None:
         self._files[result.frame.camera].show(result)
@@ -149,6 +159,15 @@ class Video(Sink):
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def video_paths(path: Path, cameras: int) -> list[Path]:
+    """Return the file of each camera. Raises SinkError for a name that tells no kind of video."""
+    if path.suffix.lower() not in CODECS:
+        raise SinkError(f"can't write {path}: expected a name that ends in {', '.join(CODECS)}")
+    if cameras == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, cameras + 1)]
 
 
 class VideoFile:
@@ -164,6 +183,7 @@ class VideoFile:
         self._size = (0, 0)
         self._picture: Any = None  # the last one written
         self._written = 0
+        self._fps = 0.0
         self._start = 0.0  # of a live source: the capture of its first frame, and later if stills were cut short
 
     def show(self, result: Result) -> None:
@@ -171,42 +191,54 @@ class VideoFile:
         if result.frame.jpeg:
             picture = annotated(result)
             if self._writer is None:
-                self._start = result.frame.captured_at
-                self._open(camera, picture.shape[1], picture.shape[0])
+                self._start, self._fps = result.frame.captured_at, camera.fps
+                self._open(picture.shape[1], picture.shape[0])
             if picture.shape[1::-1] != self._size:
                 picture = cv2.resize(picture, self._size)
         if self._writer is None:
             return
-        # How many frames the video has once this one is in it.
+        # How many frames the video has when this one is in it.
         length = result.frame.number
         if camera.is_live:
-            longest = self._written + 1 + round(LONGEST_STILL_S * camera.fps)
-            length = 1 + round((result.frame.captured_at - self._start) * camera.fps)
-            self._start += max(0, length - longest) / camera.fps
-            length = max(self._written + 1, min(length, longest)) if result.frame.jpeg else self._written
+            longest = self._written + 1 + round(LONGEST_STILL_S * self._fps)
+            length = 1 + round((result.frame.captured_at - self._start) * self._fps)
+            self._start += max(0, length - longest) / self._fps
+            length = min(length, longest)
         still = picture if self._picture is None else self._picture
-        for _ in range(length - self._written - 1):
-            self._writer.write(still)
-        if length > self._written:
-            self._writer.write(picture)
-        self._picture, self._written = picture, length
+        for number in range(self._written + 1, length + 1):
+            self._write(picture if number == length else still)
+        self._picture = picture
 
-    def _open(self, camera: Camera, width: int, height: int) -> None:
+    def _open(self, width: int, height: int) -> None:
         codec = cv2.VideoWriter.fourcc(*CODECS[self._path.suffix.lower()])
         self._size = (width, height)
-        self._writer = cv2.VideoWriter(str(self._path), cv2.CAP_FFMPEG, codec, camera.fps, self._size)
+        self._writer = cv2.VideoWriter(str(self._path), cv2.CAP_FFMPEG, codec, self._fps, self._size)
         if not self._writer.isOpened():
-            raise OSError(f"OpenCV can't write {self._path}, {width} x {height} at {camera.fps:g} frames a second")
+            raise OSError(f"OpenCV can't write {self._path}, {width} x {height} at {self._fps:g} frames a second")
+
+    def _write(self, picture: Any) -> None:
+        # OpenCV does not tell when it can't write: look before, while the end of the file still fits.
+        if self._written % DISK_CHECK_FRAMES == 0 and shutil.disk_usage(self._path.parent).free < DISK_RESERVE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        assert self._writer is not None
+        self._writer.write(picture)
+        self._written += 1
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
-        else:
+        """Finish the file. Raises OSError if it has not all its frames."""
+        if self._writer is None:
             self._path.unlink()  # Without a frame it would be no video.
+            return
+        self._writer.release()
+        found = cv2.VideoCapture(str(self._path)).get(cv2.CAP_PROP_FRAME_COUNT)
+        if found < 0.99 * self._written - 1:
+            raise OSError(f"{self._path} has not all of its {self._written} frames: is the disk full?")
 
 
 class Window(Sink):
     """Shows each camera in a window; the key q sets `stop`. Raises SinkError where no window can be opened."""
+
+    name = "the window"
 
     def __init__(self, stop: threading.Event) -> None:
         # In a process of its own: without a display OpenCV's window toolkit ends the process it is in.
@@ -214,11 +246,11 @@ class Window(Sink):
         try:
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=WINDOW_TIMEOUT_S)
         except subprocess.SubprocessError as error:
-            said = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
-            reason = next((line for line in said if "error" in line or "display" in line), type(error).__name__)
+            said = (getattr(error, "stderr", None) or b"").decode(errors="replace")
+            reason = re.search("could not connect to display|The function is not implemented", said)
             raise SinkError(
-                f"--show can't open a window ({reason.strip()}): it needs a display and OpenCV with windows, "
-                "pip uninstall opencv-python-headless, pip install opencv-python"
+                f"--show can't open a window ({reason[0] if reason else type(error).__name__}): it needs a display and "
+                "OpenCV with windows, pip uninstall opencv-python-headless, pip install opencv-python"
             ) from error
         self._stop = stop
 
@@ -237,6 +269,8 @@ class Window(Sink):
 
 class Progress(Sink):
     """A progress bar on standard error, for files, whose end is known."""
+
+    name = "the progress bar"
 
     def __init__(self, cameras: list[Camera]) -> None:
         frames = [camera.frame_count for camera in cameras]

@@ -68,10 +68,14 @@ class Rate:
             self._start = result.frame.captured_at
         if result.outcome == "answered":
             self._answered_at.append(now)
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
         while self._answered_at and self._answered_at[0] <= now - RATE_WINDOW_S:
             self._answered_at.popleft()
 
     def fps(self, now: float) -> float:
+        self._forget(now)
         seconds = min(RATE_WINDOW_S, now - self._start) if self._start is not None else 0.0
         return len(self._answered_at) / seconds if seconds > 0 else 0.0
 
@@ -131,9 +135,8 @@ def table(books: Mapping[Camera, Books]) -> str:
             row += [f"{1000 * seconds:.0f}" for seconds in latencies]
         else:
             row += ["-"] * len(latencies)
-        passes = book.shared_by.total()
-        mean = sum(frames * count for frames, count in book.shared_by.items()) / passes if passes else 0.0
-        rows.append([*row, f"{mean:.1f}" if passes else "-"])
+        passes = sum(count / shared_by for shared_by, count in book.shared_by.items())
+        rows.append([*row, f"{book.shared_by.total() / passes:.1f}" if passes else "-"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

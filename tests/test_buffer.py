@@ -14,53 +14,67 @@ from edge.stats import Result
 
 A, B, C = Camera("0"), Camera("1"), Camera("2")
 
-# What happens to a buffer, one after the other: a camera delivers, the sender takes, a camera ends, all ends.
+PUT = st.tuples(st.just("put"), st.sampled_from([A, B, C]))
+# What happens to a buffer, one after the other: a camera delivers, the sender takes, results come, a camera ends, all
+# ends. Frames are the most of it, so that lanes do fill.
 EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.just("put"), st.sampled_from([A, B, C])),
+        PUT,
+        PUT,
+        PUT,
+        PUT,
         st.tuples(st.just("take"), st.integers(1, 6)),
+        st.tuples(st.just("delivered"), st.sampled_from([A, B, C])),
         st.tuples(st.just("close"), st.sampled_from([A, B, C])),
-        st.tuples(st.just("stop"), st.none()),
     ),
-    max_size=60,
+    max_size=80,
 )
 
 
-@given(EVENTS, st.integers(1, 5), st.sampled_from(["oldest", "newest"]))
+@given(EVENTS, st.integers(0, 80), st.integers(1, 3), st.integers(1, 6), st.sampled_from(["oldest", "newest"]))
 def test_every_frame_comes_out_once_whatever_happens(
-    events: list[tuple[str, Camera | int | None]], size: int, policy: DropPolicy
+    events: list[tuple[str, Camera | int]], stop_at: int, size: int, lead: int, policy: DropPolicy
 ) -> None:
     stop = threading.Event()
-    buffer = Buffer(size, dict.fromkeys([A, B, C], policy), stop)
+    buffer = Buffer(size, dict.fromkeys([A, B, C], policy), stop, lead)
     put: dict[Camera, int] = defaultdict(int)
     taken: dict[Camera, list[int]] = defaultdict(list)
     gone: dict[Camera, list[int]] = defaultdict(list)
+    delivered: dict[Camera, int] = defaultdict(int)
     open_cameras = {A, B, C}
 
-    def waiting() -> int:
-        return sum(put[camera] - len(taken[camera]) - len(gone[camera]) for camera in (A, B, C))
+    def waiting(camera: Camera) -> int:
+        return put[camera] - len(taken[camera]) - len(gone[camera])
 
-    for event, value in events:
+    def takable() -> int:
+        ahead = {camera: len(taken[camera]) - delivered[camera] for camera in (A, B, C)}
+        return sum(min(waiting(camera), 99 if stop.is_set() else lead - ahead[camera]) for camera in (A, B, C))
+
+    for number, (event, value) in enumerate(events):
+        if number == stop_at:
+            stop.set()
         match event, value:
             case "put", Camera() as camera if camera in open_cameras:
                 put[camera] += 1
-                in_lane = put[camera] - 1 - len(taken[camera]) - len(gone[camera])
+                in_lane = waiting(camera) - 1
                 dropped = buffer.put(Frame(camera, put[camera], 0.0, b""))
                 assert (dropped is not None) == (in_lane >= size or stop.is_set())
                 if dropped is not None:
                     is_newest = policy == "newest" or stop.is_set()
                     assert dropped.number == (put[camera] if is_newest else min(left(put, taken, gone, camera)))
                     gone[camera].append(dropped.number)
-            case "take", int(count) if waiting() >= count or stop.is_set() or not open_cameras:
+            case "take", int(count) if takable() >= count or stop.is_set():
+                expected = min(count, takable())
                 frames = buffer.take(count)
-                assert len(frames) == min(count, waiting())
+                assert len(frames) == expected
                 for frame in frames:
                     taken[frame.camera].append(frame.number)
+            case "delivered", Camera() as camera if delivered[camera] < len(taken[camera]):
+                buffer.delivered(camera)
+                delivered[camera] += 1
             case "close", Camera() as camera:
                 buffer.close(camera)
                 open_cameras.discard(camera)
-            case "stop", None:
-                stop.set()
     stop.set()
     while frames := buffer.take(4):
         for frame in frames:
@@ -68,6 +82,29 @@ def test_every_frame_comes_out_once_whatever_happens(
     for camera in (A, B, C):
         assert taken[camera] == sorted(taken[camera])
         assert sorted(taken[camera] + gone[camera]) == list(range(1, put[camera] + 1))
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("oldest", [3, 4]), ("newest", [1, 2])])
+def test_a_full_lane_drops_what_it_was_told_to(policy: DropPolicy, kept: list[int]) -> None:
+    buffer = Buffer(2, {A: policy}, threading.Event())
+    for number in range(1, 5):
+        buffer.put(Frame(A, number, 0.0, b""))
+    assert [frame.number for frame in buffer.take(2)] == kept
+
+
+def test_a_camera_whose_results_do_not_come_waits_for_them() -> None:
+    """Nor does it end before: what waits then is not all."""
+    buffer = Buffer(9, {A: "none", B: "none"}, threading.Event(), lead=2, batch_wait_s=0.1)
+    fill(buffer, A, 4)
+    fill(buffer, B, 1)
+    buffer.close(A)
+    buffer.close(B)
+    assert [(frame.camera.name, frame.number) for frame in buffer.take(5)] == [("0", 1), ("1", 1), ("0", 2)]
+    threading.Timer(0.2, buffer.delivered, [A]).start()
+    assert [frame.number for frame in buffer.take(5)] == [3]
+    buffer.delivered(A)
+    assert [frame.number for frame in buffer.take(5)] == [4]
+    assert buffer.take(5) == []
 
 
 def left(
@@ -134,9 +171,8 @@ def test_stop_ends_every_wait(policy: DropPolicy) -> None:
     assert len(results) == 2
 
 
-def test_an_incomplete_batch_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge.buffer.BATCH_WAIT_S", 0.2)
-    buffer = Buffer(4, {A: "oldest", B: "oldest"}, threading.Event())
+def test_an_incomplete_batch_does_not_wait_for_ever() -> None:
+    buffer = Buffer(4, {A: "oldest", B: "oldest"}, threading.Event(), batch_wait_s=0.2)
     fill(buffer, A, 2)
     begin = time.monotonic()
     assert len(buffer.take(4)) == 2

@@ -200,7 +200,7 @@ needs_screen = pytest.mark.skipif(
 def display() -> Iterator[str]:
     """A virtual screen, as the variable DISPLAY names it."""
     reading, writing = os.pipe()
-    command = ["Xvfb", "-displayfd", str(writing), "-screen", "0", "800x600x24", "-nolisten", "tcp"]
+    command = ["Xvfb", "-displayfd", str(writing), "-screen", "0", "800x600x24", "-nolisten", "tcp", "-noreset"]
     with subprocess.Popen(command, pass_fds=[writing], stderr=subprocess.DEVNULL) as process:
         os.close(writing)
         with os.fdopen(reading) as pipe:
