@@ -109,6 +109,19 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
                 self.end_headers()
                 self.wfile.write(good[: len(good) // 2])
                 self.close_connection = True
+            case "stalls":
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(good)))
+                self.end_headers()
+                self.wfile.write(good[: len(good) // 2])
+                self.server.closing.wait(3)
+                self.close_connection = True
+            case "huge number":
+                self.reply(200, good.replace(b"1.0", b"1" * 400))
+            case "endless number":
+                self.reply(200, good.replace(b"1.0", b"1" * 5000))
+            case "odd charset":
+                self.reply(200, good.replace(b"1.0", b"\xff"), "application/json; charset=idna")
             case "closes":
                 self.close_connection = True
             case "resets":
@@ -122,8 +135,9 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             case _:
                 raise ValueError(self.server.behaviour)
 
-    def reply(self, status: int, body: bytes) -> None:
+    def reply(self, status: int, body: bytes, content_type: str = "application/json") -> None:
         self.send_response(status)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
+import requests
 
 from deploy.node import PROJECT, Node, free_ports, torchserve
 from edge.cameras import Camera, Frame
@@ -73,11 +74,15 @@ def assert_all_answered(results: list[Result]) -> None:
 
 @pytest.mark.parametrize(
     "fake",
-    [f"first {what}" for what in ("429", "500", "502", "503", "504", "half an answer", "closes", "resets")],
+    [f"first {what}" for what in ("429", "500", "502", "503", "504", "half an answer", "stalls", "closes", "resets")],
     indirect=True,
 )
 @pytest.mark.parametrize("as_json", [False, True], ids=["single", "json"])
-def test_passing_trouble_costs_nothing(fake: FakeServer, as_json: bool, stop: threading.Event) -> None:
+def test_passing_trouble_costs_nothing(
+    fake: FakeServer, as_json: bool, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
     with session(fake.url, stop, as_json=as_json) as server:
         server.wait_until_ready(5.0)
         sent = frames(PICTURES)
@@ -96,6 +101,8 @@ def test_passing_trouble_costs_nothing(fake: FakeServer, as_json: bool, stop: th
         ("too few", "the answer does not fit"),
         ("not predictions", "the answer does not fit"),
         ("not a number", "the answer does not fit"),
+        ("endless number", "the answer is not JSON"),
+        ("odd charset", "the answer is not JSON"),
         ("redirect", "302 Found"),
     ],
     indirect=["fake"],
@@ -135,6 +142,77 @@ def test_lasting_trouble_ends_with_the_patience(
 
 
 @pytest.mark.parametrize("fake", ["503"], indirect=True)
+def test_patience_outlasts_the_attempts_of_urllib3(
+    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.client.MOST_ATTEMPTS", 2)
+    with session(fake.url, stop) as server:
+        server.wait_until_ready(60.0)
+        threading.Timer(3.0, setattr, [fake, "behaviour", "good"]).start()
+        assert_all_answered(ask(server, frames(PICTURES[:1])))
+    assert fake.frames_asked > 3
+
+
+def test_patience_for_a_server_that_is_not_there_yet(stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge.client.MOST_ATTEMPTS", 2)
+    with session(f"http://127.0.0.1:{free_ports(1)[0]}", stop, patience_s=3.0) as server:
+        begin = time.monotonic()
+        with pytest.raises(ServerError, match=r"no server at .* \(.*Connection refused"):
+            server.connect()
+        assert 3.0 <= time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize("fake", ["503"], indirect=True)
+def test_while_the_server_is_away_a_single_request_asks(
+    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.client.NOTICE_AFTER_S", 0.2)
+    with session(fake.url, stop, max_in_flight=8) as server:
+        server.wait_until_ready(0.5)
+        ask(server, *[[frame] for frame in frames(PICTURES)])
+        begin = time.monotonic()
+        ask(server, *[[frame] for frame in frames(PICTURES)])
+        assert time.monotonic() - begin >= 5 * 0.5
+        fake.behaviour = "good"
+        assert_all_answered(ask(server, *[[frame] for frame in frames(PICTURES)]))
+
+
+@pytest.mark.parametrize("fake", ["half an answer"], indirect=True)
+def test_half_answers_are_not_asked_for_again_after_stop(fake: FakeServer, stop: threading.Event) -> None:
+    with session(fake.url, stop) as server:
+        server.wait_until_ready(60.0)
+        threading.Timer(1.2, stop.set).start()
+        (result,) = ask(server, frames(PICTURES[:1]))
+    assert result.outcome == "failed"
+    assert 2 <= fake.frames_asked <= 5
+
+
+def test_nobody_leaves_before_the_last_result_is_delivered(stop: threading.Event) -> None:
+    """An answer that came in the last moment is still being delivered when the grace is over."""
+    server = FakeServer("good")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    delivered: list[Result] = []
+
+    def deliver_slowly(result: Result) -> None:
+        time.sleep(1.0)
+        delivered.append(result)
+
+    with pytest.MonkeyPatch.context() as patch, session(server.url, stop) as client:
+        patch.setattr("edge.client.GRACE_S", 0.1)
+        client.wait_until_ready(5.0)
+        client.ask(frames(PICTURES[:1]), deliver_slowly)
+        wait_until(lambda: server.frames_asked == 1)
+        time.sleep(0.3)
+        stop.set()
+        client.finish()
+        assert [result.outcome for result in delivered] == ["answered"]
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("fake", ["503"], indirect=True)
 def test_stop_ends_the_retries(fake: FakeServer, stop: threading.Event) -> None:
     with session(fake.url, stop) as server:
         server.wait_until_ready(300.0)
@@ -168,9 +246,12 @@ def test_answer_that_trickles_is_given_up(
     results: list[Result] = []
     with session(fake.url, stop) as server:
         server.wait_until_ready(0.5)
-        server.ask(frames(PICTURES[:1]), results.append)
+        for frame in frames(PICTURES[:4]):
+            server.ask([frame], results.append)
         server.finish()
-    assert [result.error for result in results] == ["no whole answer in time"]
+        assert [result.error for result in results] == ["no whole answer in time"] * 4
+        fake.behaviour = "good"  # Nobody gives the lost threads back, and yet it goes on.
+        assert_all_answered(ask(server, *[[frame] for frame in frames(PICTURES)]))
 
 
 @pytest.mark.parametrize("fake", ["silent"], indirect=True)
@@ -303,6 +384,51 @@ def test_tokens_that_live_three_seconds(archive_folder: Path, tmp_path: Path) ->
     assert {line["outcome"] for line in lines} == {"answered"}
     assert 3 <= renewals <= 15
     assert first not in done.stderr
+
+
+def rotate(node: Node) -> None:
+    """Have TorchServe write a new inference token into its key file."""
+    headers = {"Authorization": f"Bearer {node.token('API')}"}
+    url = f"{node.management_url}/token?type=inference"
+    assert requests.get(url, headers=headers, timeout=10).status_code == 200
+
+
+def test_refused_token_without_a_file_ends_a_file_s_run(archive_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    done: list[Any] = []
+    with torchserve(archive_folder, [MODEL]) as node:
+
+        def stream() -> None:
+            command: list[str | Path] = ["--model", MODEL, "--url", node.url, "--quiet", "--jsonl", output]
+            environment = {"TORCHSERVE_TOKEN": node.token()}
+            done.append(run("request.py", *command, "--server-wait", "3", cwd=tmp_path, environment=environment))
+
+        thread = threading.Thread(target=stream)
+        thread.start()
+        wait_until(lambda: output.exists() and len(output.read_text().splitlines()) > 50)
+        rotate(node)
+        thread.join(60)
+    assert done[0].returncode == 4
+    assert "gives no answers (400 Token Authorization failed" in done[0].stderr
+    (book,) = books(done[0].stderr).values()
+    assert 0 < int(book["failed"]) <= 32
+
+
+def test_copy_of_a_key_file_is_renewed_once_and_told(archive_folder: Path, tmp_path: Path) -> None:
+    """Each renewal would shut out all others who have the token."""
+    with torchserve(archive_folder, [MODEL]) as node:
+        key_file = tmp_path / "copy.json"
+        key_file.write_text((node.folder / "key_file.json").read_text())
+        rotate(node)
+        before = node.log().count('"GET /token?type=inference')
+        done = run(
+            "request.py", "--model", MODEL, "--url", node.url, "--management-url", node.management_url,
+            "--token-file", key_file, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 4
+        assert f"TorchServe has a new token, but {key_file} does not: is it a copy?" in done.stderr
+        assert node.log().count('"GET /token?type=inference') - before == 1
+        assert json.loads(key_file.read_text())["API"]["key"] not in done.stderr
 
 
 def test_file_loses_nothing_when_the_server_restarts(

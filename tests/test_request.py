@@ -159,6 +159,7 @@ def test_absent_camera(tmp_path: Path) -> None:
 
 def test_absent_file(tmp_path: Path) -> None:
     assert "no such file: gone.mp4" in error_of("--input", "gone.mp4", cwd=tmp_path, code=3)
+    assert "hunter2" not in error_of("--input", "admin:hunter2@10.0.0.7/live", cwd=tmp_path, code=3)
 
 
 def test_folder_and_device_that_are_no_cameras(tmp_path: Path) -> None:
@@ -183,16 +184,40 @@ def test_unreachable_stream_keeps_its_password(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--batch-size", "0"], "expected a whole number from 1"),
-        (["--server-wait", "-1"], "invalid seconds value"),
+        (["--server-wait", "-1"], "expected seconds, got '-1'"),
         (["--log-every", "x"], "expected a whole number from 1"),
         (["--url", "127.0.0.1:8080"], "expected http://host:port"),
         (["--url", "http://user:password@127.0.0.1:8080"], "without user or password"),
+        (["--url", "http://127.0.0.1:99999"], "expected http://host:port"),
+        (["--management-url", "http://10.0.0.1:8081"], "expected an address on the host of --url, 127.0.0.1"),
+        (["--fps", "abc"], "expected frames a second from 0.001, or max, got 'abc'"),
+        (["--max-age", "0"], "expected milliseconds from 1, got '0'"),
+        (["--jpeg-quality", "101"], "expected 1 to 100"),
+        (["--drop", "some"], "invalid choice: 'some'"),
+        (["--input", "rstp://admin:hunter2@cam/live"], "got 'rstp://cam/live'"),
+        (["--input", ""], "expected a file, a device, or an address"),
+        (["--save-video", "out.gif"], "expected a name that ends in .mp4, .mkv, .avi"),
+        (["--save-video", "a.mkv", "--jsonl", "./a.mkv"], "a.mkv is an input or another output too"),
+        (["--input", "1", "--input", "2", "--save-video", "a.mkv", "--jsonl", "a-2.mkv"], "another output too"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, flags: list[str], message: str) -> None:
     done = run("request.py", *flags, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+    assert "hunter2" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--jsonl", "--save-video"])
+def test_output_never_overwrites_an_input(short_clip: Path, tmp_path: Path, flag: str) -> None:
+    video = tmp_path / "mine.mp4"
+    video.write_bytes(short_clip.read_bytes())
+    (tmp_path / "link.mp4").symlink_to(video)
+    for output in ("mine.mp4", "link.mp4"):
+        done = run("request.py", "--input", video, flag, output, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "is an input or another output too" in done.stderr
+    assert video.read_bytes() == short_clip.read_bytes()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")

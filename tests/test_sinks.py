@@ -150,6 +150,49 @@ def test_video_of_a_live_source_takes_as_long_as_it_took(tmp_path: Path) -> None
     assert shades(tmp_path / "out.mkv") == [0, 50, 100, 100, 100, 100, 150] + [150] * 100 + [200]
 
 
+def test_video_of_a_live_source_that_is_faster_than_it_states(tmp_path: Path) -> None:
+    camera = Camera("0")
+    camera.fps = 10.0
+    video = Video(tmp_path / "out.mkv", [camera])
+    for number in range(1, 62):
+        video.show(result(number, camera, 50 + number / 30))
+    video.close()
+    assert len(frames_of(tmp_path / "out.mkv")) == 21
+
+
+def test_video_stops_before_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video = Video(tmp_path / "out.mp4", [FILE])
+    for number in range(1, 26):
+        video.show(result(number))
+    monkeypatch.setattr("edge.sinks.DISK_RESERVE", 10**18)
+    with pytest.raises(OSError, match="No space left on device"):
+        video.show(result(26))
+    video.close()
+    assert len(frames_of(tmp_path / "out.mp4")) == 25
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_video_that_was_cut_off_is_an_error(tmp_path: Path, suffix: str) -> None:
+    """OpenCV does not tell that it could not write: here for a limit of 100 KB a file."""
+    code = (
+        "import resource, sys, numpy as np; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from pathlib import Path\n"
+        "from tests.test_sinks import FILE, Frame, Result, Video, jpeg\n"
+        f"video = Video(Path('out{suffix}'), [FILE])\n"
+        "noise = np.random.default_rng(1)\n"
+        "for number in range(1, 60):\n"
+        "    picture = jpeg(noise.integers(0, 255, (480, 640, 3), np.uint8))\n"
+        "    video.show(Result(Frame(FILE, number, 0.0, picture), 'failed', error='x'))\n"
+        "video.close()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert f"OSError: out{suffix} has not all of its 59 frames" in done.stderr
+
+
 def test_video_accepts_another_resolution(tmp_path: Path) -> None:
     video = Video(tmp_path / "out.mp4", [FILE])
     video.show(result(1))
@@ -278,9 +321,18 @@ def test_books_add_up_and_do_not_grow() -> None:
     assert f"{CLIP}: 480 failed: other reasons" in shown
 
 
+def test_frames_of_a_pass_count_as_one_pass() -> None:
+    book = Books()
+    for number, shared_by in enumerate((4, 4, 4, 4, 1, 1, 1, 1), start=1):
+        frame = Frame(FILE, number, 0.0, b"")
+        book.add(Result(frame, "answered", CAT, latency_s=0.1, shared_by=shared_by))
+    assert table({FILE: book}).splitlines()[1].split()[-1] == "1.6"  # 8 frames in 5 passes
+
+
 def test_rate_forgets() -> None:
     rate = Rate()
     assert rate.fps(0.0) == 0.0
     for number in range(100):
         rate.add(result(number, at=100.0 + number), now=100.5 + number)
     assert rate.fps(now=199.5) == 1.0
+    assert rate.fps(now=300.0) == 0.0
