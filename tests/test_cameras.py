@@ -250,6 +250,18 @@ def test_stream_may_change_its_resolution(stop: threading.Event) -> None:
             assert frame.number < 200
 
 
+def test_stream_that_slows_down_is_not_lost(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    with mjpeg_camera(pictures(20)) as server:
+        frames = Camera(server.url).frames(stop)
+        next(frames)
+        server.fps = 1
+        slow = [next(frames), next(frames)]
+        while slow[1].captured_at - slow[0].captured_at < 0.8:
+            slow = [slow[1], next(frames)]
+        assert server.streams == 1
+        assert caplog.messages == []
+
+
 def test_live_source_is_sampled_down(stop: threading.Event) -> None:
     with mjpeg_camera(pictures(20), fps=40) as server:
         frames = Camera(server.url, fps=10).frames(stop)
