@@ -180,7 +180,11 @@ def stream(
                     if result.outcome != "dropped":
                         buffer.delivered(camera)
                     tell(sinks, methodcaller("show", result), stop)
-                if item.outcome == "failed" and not item.frame.camera.is_live and server.is_away(args.server_wait):
+                if (
+                    item.outcome == "failed"
+                    and not item.frame.camera.is_live
+                    and server.health.is_away(args.server_wait)
+                ):
                     gave_up = True
                     stop.set()
     finally:

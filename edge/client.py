@@ -1,15 +1,11 @@
-"""The TorchServe session: token, payloads, retries, timeouts, and what became of every frame that was sent."""
+"""The TorchServe session: payloads, timeouts, what is in flight, and what became of every frame that was sent."""
 
 import base64
 import itertools
 import json
 import logging
 import math
-import os
 import queue
-import random
-import re
-import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,19 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import requests
 from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase
 from requests_futures.sessions import FuturesSession
-from urllib3.exceptions import MaxRetryError
-from urllib3.util import Retry
 
+from edge.answers import error_text, error_type, read_results
 from edge.cameras import Camera, Frame
+from edge.retries import TRANSIENT, Health, RetryUntil, innermost, is_final, is_passing
 from edge.stats import Result
+from edge.tokens import BearerToken, TokenError
 
 CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take: as long as a server of SLOWEST_FPS has to do for all frames in flight, and a bit. With a
@@ -41,18 +36,11 @@ SHORTEST_TIMEOUT_S = 5.0
 # max_request_size of TorchServe, unless its configuration says otherwise.
 BODY_LIMIT = 6_553_500
 TOO_LARGE = "413 one frame is over the server's limit: make it smaller with --resize or --jpeg-quality"
-BATCH_HEADER = "X-Forward-Batch-Size"
-# A server that is busy (503, see TorchServe's queue), that lost a worker (500), or a proxy before it.
-TRANSIENT = frozenset({429, 500, 502, 503, 504})
-# Shorter troubles are not worth a line.
-NOTICE_AFTER_S = 2.0
 # How long a request still waits for its answer once the run is to end.
 GRACE_S = 5.0
 POLL_S = 0.5
 # urllib3 calls itself for each attempt: with more it would come to Python's limit. Whoever has patience begins anew.
 MOST_ATTEMPTS = 100
-# Tokens that a single request tries.
-MOST_TOKENS = 5
 # Asked about before the first frame is read.
 TEST_CAMERA = Camera("test picture")
 TEST_PICTURE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
@@ -62,178 +50,6 @@ log = logging.getLogger(__name__)
 
 class ServerError(Exception):
     """A server that can't be used, with its address and what to do."""
-
-
-class Health:
-    """Whether the server answers, told to the user once when it does no more and once when it does again."""
-
-    def __init__(self, url: str) -> None:
-        self.trouble = ""  # what was wrong last
-        self._url = url
-        self._lock = threading.Lock()
-        self._since: float | None = None
-        self._is_told = False
-
-    def bad(self, trouble: str) -> None:
-        with self._lock:
-            self.trouble = trouble
-            now = time.monotonic()
-            self._since = self._since or now
-            if not self._is_told and now - self._since >= NOTICE_AFTER_S:
-                self._is_told = True
-                log.warning("%s gives no answers (%s); trying until it does", self._url, trouble)
-
-    def good(self) -> None:
-        with self._lock:
-            if self._since and self._is_told:
-                log.warning("%s answers again after %.1f s", self._url, time.monotonic() - self._since)
-            self._since, self._is_told = None, False
-
-    def away_s(self) -> float | None:
-        """Return for how many seconds all that came from the server was trouble, None if the last was an answer."""
-        since = self._since
-        return None if since is None else time.monotonic() - since
-
-
-class RetryUntil(Retry):
-    """urllib3's Retry, ended by time as well as by a number of attempts, and by `stop`.
-
-    patience_s: how long after the first failure another attempt may begin.
-    """
-
-    def __init__(
-        self, patience_s: float, stop: threading.Event, health: Health, deadline: float | None = None, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self._patience_s, self._stop, self._health, self._deadline = patience_s, stop, health, deadline
-
-    def new(self, **options: Any) -> "RetryUntil":
-        limits = {"patience_s": self._patience_s, "stop": self._stop, "health": self._health}
-        return super().new(**limits, deadline=self._deadline, **options)
-
-    def get_backoff_time(self) -> float:
-        # With jitter at all lengths: the requests in flight should not come back all at once.
-        return super().get_backoff_time() * random.uniform(0.5, 1)
-
-    def increment(
-        self,
-        method: str | None = None,
-        url: str | None = None,
-        response: Any = None,
-        error: Any = None,
-        _pool: Any = None,
-        _stacktrace: Any = None,
-    ) -> "RetryUntil":
-        """Note one more failure. Raises MaxRetryError when there shall be no further attempt."""
-        self._health.bad(f"{response.status} {response.reason}" if response is not None else innermost(error))
-        deadline = self._deadline or time.monotonic() + self._patience_s
-        if time.monotonic() >= deadline or self._stop.is_set() or is_final(error):
-            raise MaxRetryError(_pool, url or "", error)
-        following = super().increment(method, url, response, error, _pool, _stacktrace)
-        following._deadline = deadline
-        return following
-
-
-class BearerToken(AuthBase):
-    """Sends the inference token, and replaces it when the server refuses it.
-
-    The token's source is `token_file` if given, else the environment variable TORCHSERVE_TOKEN, else the key_file.json
-    that TorchServe writes where it is started. Without any of them no token is sent, for a server that wants none.
-
-    A refused token is read again from its file: a restart of TorchServe wrote a new one. If that is no other, it has
-    expired, and a new one is asked for at `management_url` with the API key, if the file holds that key.
-    """
-
-    def __init__(
-        self, token_file: Path | None, management_url: str | None, stop: threading.Event, health: Health
-    ) -> None:
-        self.patience_s = 0.0  # how long a refused request waits for another token to turn up in the file
-        self.source = ""
-        self._token_file = token_file
-        self._management_url = management_url
-        self._stop = stop
-        self._health = health
-        self._token: str | None = None
-        self._api_key = ""
-        self._lock = threading.Lock()
-
-    def load(self) -> None:
-        """Read the token. Raises ServerError if its file can't be read or if there is no token in it."""
-        path = self._token_file or Path("key_file.json")
-        api_key = ""
-        if self._token_file is None and (token := os.environ.get("TORCHSERVE_TOKEN", "").strip()):
-            self.source = "TORCHSERVE_TOKEN"
-        elif self._token_file is None and not path.exists():
-            return
-        else:
-            self.source = str(path)
-            try:
-                keys = json.loads(path.read_text(encoding="utf-8"))
-                token = str(keys["inference"]["key"])
-                api_key = str(keys.get("API", {}).get("key", ""))
-            except OSError as error:
-                raise ServerError(f"can't read the token file {path}: {error.strerror}") from error
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ServerError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
-        # Anything else would end in an error of the HTTP library that shows it.
-        if not re.fullmatch("[!-~]*", api_key) or not re.fullmatch("[!-~]+", token):
-            raise ServerError(f"what is in {self.source} is no token: expected printable ASCII without spaces")
-        self._token, self._api_key = token, api_key
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._token:
-            request.headers["Authorization"] = f"Bearer {self._token}"
-        request.register_hook("response", self._ask_again)  # type: ignore[no-untyped-call]
-        return request
-
-    def _ask_again(self, response: requests.Response, **options: Any) -> requests.Response:
-        """Send a refused request again with another token, as soon as there is one: a response hook of requests."""
-        deadline = time.monotonic() + self.patience_s
-        replaced = 0
-        while error_type(response) == "InvalidKeyException":
-            if replaced < MOST_TOKENS and self._replace(response.request.headers.get("Authorization")):
-                replaced += 1
-                response.close()
-                request = response.request.copy()
-                request.headers["Authorization"] = f"Bearer {self._token}"
-                response = response.connection.send(request, **options)
-                response.request = request
-                continue
-            self._health.bad(f"400 {error_text(response)}")
-            if time.monotonic() >= deadline or self._stop.wait(POLL_S):
-                break
-        return response
-
-    def _replace(self, refused: str | None) -> bool:
-        """Get another token than the refused one; return whether there is one now."""
-        with self._lock:
-            if f"Bearer {self._token}" != refused and self._token:
-                return True  # Another request's answer has brought it already.
-            try:
-                self.load()
-                if f"Bearer {self._token}" == refused and self._api_key and self._management_url:
-                    self._renew(self._management_url)
-                    self.load()
-                    if f"Bearer {self._token}" == refused:
-                        # Once is enough: each renewal shuts out whoever else has the token.
-                        self._management_url = None
-                        log.warning("TorchServe has a new token, but %s does not: is it a copy?", self.source)
-            except (ServerError, requests.RequestException) as error:
-                # The file may be half written. If it is not, that is said when the patience is over.
-                self._health.bad(f"token refused, and no other to be had: {innermost(error)}")
-            return bool(self._token) and f"Bearer {self._token}" != refused
-
-    def _renew(self, management_url: str) -> None:
-        """Have TorchServe write a new inference token into its key file; the old one dies at once."""
-        with requests.Session() as session:
-            session.trust_env = False  # Neither a proxy nor a password of ~/.netrc has anything to do with this.
-            session.get(
-                f"{management_url}/token",
-                params={"type": "inference"},
-                headers={"Authorization": f"Bearer {self._api_key}"},
-                timeout=CONNECT_TIMEOUT_S,
-                allow_redirects=False,
-            ).raise_for_status()
 
 
 @dataclass
@@ -330,7 +146,10 @@ class TorchServe:
 
     def connect(self) -> None:
         """Wait until the server answers. Raises ServerError if it does not, refuses our token or has no such model."""
-        self._token.load()
+        try:
+            self._token.load()
+        except TokenError as unreadable:
+            raise ServerError(str(unreadable)) from unreadable
         # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs nothing.
         deadline = time.monotonic() + self._patience_s
         while True:
@@ -381,20 +200,13 @@ class TorchServe:
         self.finish()
         return arrived.get()
 
-    def is_away(self, seconds: float) -> bool:
-        """Whether the server gave nothing but trouble for so long."""
-        away_s = self.health.away_s()
-        return away_s is not None and away_s >= seconds
-
     def wait_for_room(self) -> None:
         """Wait while `max_in_flight` requests are out, or until `stop` is set.
 
         While the server is away a single one is enough to find out when it is back.
         """
         self._give_up_overdue()
-        while not self._stop.is_set() and len(self._in_flight) >= (
-            1 if self.is_away(NOTICE_AFTER_S) else self._max_in_flight
-        ):
+        while not self._stop.is_set() and len(self._in_flight) >= (1 if self.health.is_told else self._max_in_flight):
             with self._changed:
                 self._changed.wait(POLL_S)
             self._give_up_overdue()
@@ -553,94 +365,3 @@ def close(session: FuturesSession) -> None:
 def json_size(jpegs: Sequence[bytes]) -> int:
     """Return the bytes that a JSON batch of pictures has at most."""
     return sum(4 * (len(jpeg) // 3 + 1) + len('"9999": "", ') for jpeg in jpegs) + len("{}")
-
-
-def read_results(response: requests.Response, frames: Sequence[Frame], as_json: bool) -> list[Result]:
-    """Return what an answer says of each of its frames, in the order sent, whatever the answer is."""
-    now = time.monotonic()
-
-    def failed(error: str) -> list[Result]:
-        return [Result(frame, "failed", error=error) for frame in frames]
-
-    if response.status_code != requests.codes.ok:
-        return failed(f"{response.status_code} {error_text(response)}")
-    try:
-        body = response.json()
-    except (ValueError, RecursionError):
-        return failed("the answer is not JSON")
-    answers = body if as_json else [body]
-    if not isinstance(answers, list) or len(answers) != len(frames):
-        return failed(f"the answer does not fit: expected {len(frames)} predictions")
-    shared = response.headers.get(BATCH_HEADER, "")
-    shared_by = int(shared) if re.fullmatch(r"[1-9][0-9]{0,8}", shared) else None
-    results = []
-    for frame, answer in zip(frames, answers, strict=True):
-        if is_prediction(answer):
-            results.append(Result(frame, "answered", answer, None, now - frame.captured_at, shared_by))
-        elif isinstance(answer, dict) and isinstance(answer.get("error"), str):
-            results.append(Result(frame, "failed", error=one_line(answer["error"])))
-        else:
-            results.append(Result(frame, "failed", error="the answer does not fit: expected label -> probability"))
-    return results
-
-
-def is_prediction(answer: Any) -> bool:
-    """Whether an answer is a dict label -> probability."""
-    return (
-        isinstance(answer, dict)
-        and bool(answer)
-        and all(isinstance(value, float | int) and abs(value) < math.inf for value in answer.values())
-    )
-
-
-def is_final(error: BaseException | None) -> bool:
-    """Whether an error will be the same in a second: a certificate that is not trusted, or no TLS at all."""
-    while error is not None and not isinstance(error, ssl.SSLError):
-        error = cause(error)
-    return error is not None and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-
-
-def is_passing(error: BaseException | None, response: requests.Response | None) -> bool:
-    """Whether another attempt may help."""
-    if response is not None:
-        return response.status_code in TRANSIENT
-    passing = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-    return isinstance(error, passing) and not is_final(error)
-
-
-def error_body(response: requests.Response) -> dict[str, Any]:
-    """Return the JSON object of an error answer, {} if there is none."""
-    try:
-        body = response.json()
-    except (ValueError, RecursionError):
-        return {}
-    return body if isinstance(body, dict) else {}
-
-
-def error_type(response: requests.Response) -> str:
-    """Return TorchServe's own name of an error, such as InvalidKeyException, "" if the answer is none."""
-    return "" if response.ok else str(error_body(response).get("type", ""))
-
-
-def error_text(response: requests.Response) -> str:
-    """Return what an error answer says."""
-    body = error_body(response)
-    return one_line(str(body.get("error") or body.get("message") or response.reason))
-
-
-def one_line(text: str) -> str:
-    """Return a server's text as a terminal can show it."""
-    return "".join(character for character in " ".join(text.split()) if character.isprintable())[:300]
-
-
-def cause(error: BaseException) -> BaseException | None:
-    """Return what is one level below an error: requests wraps urllib3, which wraps the operating system."""
-    inner = [getattr(error, "reason", None), error.__cause__, error.__context__, *error.args]
-    return next((reason for reason in inner if isinstance(reason, BaseException)), None)
-
-
-def innermost(error: BaseException) -> str:
-    """Return what the error at the bottom says."""
-    while below := cause(error):
-        error = below
-    return one_line(str(error)) or type(error).__name__

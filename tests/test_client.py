@@ -88,7 +88,7 @@ def test_passing_trouble_costs_nothing(
         sent = frames(PICTURES)
         requests = [sent[:3], sent[3:]] if as_json else [[frame] for frame in sent]
         assert_all_answered(ask(server, *requests))
-        assert not server.is_away(0.0)
+        assert not server.health.is_away(0.0)
     assert fake.frames_asked == 2 * len(requests)
 
 
@@ -121,13 +121,13 @@ def test_wrong_answers_fail_at_once(fake: FakeServer, reason: str, as_json: bool
 def test_lasting_trouble_ends_with_the_patience(
     fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("edge.client.NOTICE_AFTER_S", 0.5)
+    monkeypatch.setattr("edge.retries.NOTICE_AFTER_S", 0.5)
     with session(fake.url, stop) as server:
         server.wait_until_ready(1.5)
         begin = time.monotonic()
         results = ask(server, *[[frame] for frame in frames(PICTURES[:4])])
         assert 1.5 <= time.monotonic() - begin < 20
-        assert server.is_away(1.5)
+        assert server.health.is_away(1.5)
         reason = "503 try later" if fake.behaviour == "503" else "no answer: Remote end closed connection"
         assert [(result.outcome, result.error is not None and reason in result.error) for result in results] == [
             ("failed", True)
@@ -135,7 +135,7 @@ def test_lasting_trouble_ends_with_the_patience(
         assert 4 * 3 <= fake.frames_asked <= 4 * 20, "back-off"
         fake.behaviour = "good"
         assert_all_answered(ask(server, frames([b"six"])))
-        assert not server.is_away(0.0)
+        assert not server.health.is_away(0.0)
     lost, back = [record.message for record in caplog.records if record.name.startswith("edge")]
     assert lost.startswith(f"{fake.url} gives no answers (")
     assert back.startswith(f"{fake.url} answers again after ")
@@ -166,7 +166,7 @@ def test_patience_for_a_server_that_is_not_there_yet(stop: threading.Event, monk
 def test_while_the_server_is_away_a_single_request_asks(
     fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.client.NOTICE_AFTER_S", 0.2)
+    monkeypatch.setattr("edge.retries.NOTICE_AFTER_S", 0.2)
     with session(fake.url, stop, max_in_flight=8) as server:
         server.wait_until_ready(0.5)
         ask(server, *[[frame] for frame in frames(PICTURES)])
