@@ -205,11 +205,13 @@ class TorchServe:
 
         While the server is away a single one is enough to find out when it is back.
         """
-        self._give_up_overdue()
-        while not self._stop.is_set() and len(self._in_flight) >= (1 if self.health.is_told else self._max_in_flight):
-            with self._changed:
-                self._changed.wait(POLL_S)
+        while True:
             self._give_up_overdue()
+            with self._changed:
+                most = 1 if self.health.is_told else self._max_in_flight
+                if len(self._in_flight) < most or self._stop.is_set():
+                    return
+                self._changed.wait(POLL_S)
 
     def ask(self, frames: Sequence[Frame], deliver: Callable[[Result], None], instead_of: int | None = None) -> None:
         """Send a frame, or with JSON a batch of them, without waiting for the answer.
@@ -236,15 +238,17 @@ class TorchServe:
     def finish(self) -> None:
         """Wait for all results; when `stop` is set, for GRACE_S seconds at most, and the rest has failed."""
         give_up_at = math.inf
-        while self._in_flight:  # until the last result is delivered, by whichever thread
+        while True:
+            self._give_up_overdue()
+            if self._stop.is_set():
+                give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
             with self._changed:
+                if not self._in_flight:  # The last result is delivered, by whichever thread.
+                    return
                 self._changed.wait(POLL_S)
                 late = dict(self._in_flight) if time.monotonic() >= give_up_at else {}
             for number, request in late.items():
                 self._settle(number, request.failed(f"the run ended, and {GRACE_S:g} s later there was no answer"))
-            self._give_up_overdue()
-            if self._stop.is_set():
-                give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
 
     def takes(self, jpeg: bytes, size: int) -> bool:
         """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
