@@ -27,6 +27,10 @@ SECRET = re.compile(
     r"((?:user|usr|login|pass|pwd|psw|pw|token|key|auth|secret|sig|cred|sid|session)[^=/?&;]*=)[^&;#]*", re.IGNORECASE
 )
 
+# OpenCV opens one network stream at a time, in the whole process, and its timeout runs while it waits for its turn: who
+# waits here instead has the whole time.
+OPENING = threading.Lock()
+
 Picture = tuple[float, Any]  # When it was read, time.monotonic() seconds; (height, width, 3) uint8, BGR.
 
 log = logging.getLogger(__name__)
@@ -132,7 +136,10 @@ class Camera:
         while not stop.is_set():
             problem = "no more frames come"
             try:
-                capture = self._open()
+                with OPENING:
+                    if stop.is_set():
+                        return
+                    capture = self._open()
                 try:
                     while capture.grab() and not stop.is_set():
                         captured_at = time.monotonic()

@@ -110,6 +110,12 @@ def test_a_dead_camera_leaves_the_others_alone(node: Node, pictures: list[bytes]
         with_passwords = [camera.url.replace("://", "://admin:hunter2@") for camera in cameras]
         inputs = [argument for url in with_passwords for argument in ("--input", url)]
         with running(node, tmp_path, *inputs) as request:
+            wait_until(
+                lambda: (
+                    request.lines() > 0
+                    and {line["camera"] for line in json_lines(request.output)} == {c.url for c in cameras[:3]}
+                )
+            )
             wait_until(lambda: request.lines() > 60)
             dying.mode = "cut"
             wait_until(lambda: f"{dying.url}: the camera is lost" in request.stderr())
