@@ -14,7 +14,6 @@ output did, 2 wrong usage, 3 a source can't be read, 4 the server can't be used,
 
 import argparse
 import logging
-import math
 import os
 import queue
 import signal
@@ -25,31 +24,25 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import methodcaller
-from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
-import requests
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from edge.buffer import BATCH_WAIT_S, Buffer, DropPolicy, InOrder
-from edge.cameras import Camera, Frame, SourceError, redact
+from edge.cameras import Camera, Frame, SourceError
 from edge.check import check
-from edge.client import ServerError, TorchServe
-from edge.sinks import JsonLines, Progress, Sink, SinkError, Terminal, Video, Window, video_paths
+from edge.client import TorchServe
+from edge.options import parse_args
+from edge.retries import ServerError
+from edge.sinks import JsonLines, Progress, Sink, SinkError, Terminal, Video, Window
 from edge.stats import Books, Outcome, Result, table
 
-HERE = Path(__file__).resolve().parent
-SAMPLE = HERE / "data" / "sample_video.mp4"
-# Enough that TorchServe always finds a whole batch waiting while its workers are busy with others.
-BATCHES_IN_FLIGHT = 4
 FRAMES_WAITING = 4  # of each camera, or a JSON batch if that is more: enough for a hiccup, little enough to stay fresh
 RESULTS_WAITING = 100  # Beyond that, a slow sink slows down everything before it.
 LEAD = 4  # So many times the frames in flight may a camera be ahead of its latest result.
 CHECK_PATIENCE_S = 2.0  # Whoever looks wants to know how it is now.
 POLL_S = 0.1
 STOP_TIMEOUT_S = 10.0  # for a camera that hangs in the driver
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 log = logging.getLogger("edge")
 
@@ -211,211 +204,12 @@ def per_request(args: argparse.Namespace) -> int:
     return int(args.batch_size) if args.client_batching else 1
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-        return int(text)
-
-    def quality(text: str) -> int:
-        if whole(text) > 100:
-            raise argparse.ArgumentTypeError(f"expected 1 to 100, got {text!r}")
-        return int(text)
-
-    def number(text: str, expected: str, least: float = 0.0) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    def seconds(text: str) -> float:
-        return number(text, "seconds")
-
-    def milliseconds(text: str) -> float:
-        return number(text, "milliseconds from 1", 1) / 1000
-
-    def rate(text: str) -> float:
-        return math.inf if text == "max" else number(text, "frames a second from 0.001, or max", 0.001)
-
-    def source(text: str) -> str:
-        scheme = text.partition("://")[0]
-        if not text or (scheme != text and scheme not in ("rtsp", "rtsps", "http", "https")):
-            raise argparse.ArgumentTypeError(
-                f"expected a file, a device, or an address that begins with rtsp://, http:// or https://, got "
-                f"{redact(text)!r}"
-            )
-        return text
-
-    def http_url(text: str) -> str:
-        url = urlsplit(text)
-        try:
-            requests.Request("POST", text).prepare()
-            is_complete = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        except (requests.RequestException, ValueError):
-            is_complete = False
-        if not is_complete or url.username is not None:
-            raise argparse.ArgumentTypeError("expected http://host:port or https://host:port, without user or password")
-        return text.rstrip("/")
-
-    parser = argparse.ArgumentParser(
-        description="Stream cameras to TorchServe and tell what it sees.",
-        allow_abbrev=False,
-        epilog="exit codes: 0 every frame was answered, or dropped as it was asked for, 1 some failed, or an output "
-        "did, 2 wrong usage, 3 a source can't be read, 4 the server can't be used, 130 interrupted",
-    )
-    parser.add_argument(
-        "--client-batching",
-        action="store_true",
-        help="send JSON batches of N frames (default: each frame is a request of its own, which TorchServe batches)",
-    )
-    parser.add_argument(
-        "--batch_size",
-        "--batch-size",
-        type=whole,
-        default=4,
-        metavar="N",
-        help="frames in a JSON batch; without --client-batching only how many answers are shown, since TorchServe's "
-        "own batch size is set in config.properties (default: %(default)s)",
-    )
-
-    cameras = parser.add_argument_group("cameras")
-    cameras.add_argument(
-        "--input",
-        action="append",
-        type=source,
-        metavar="SOURCE",
-        help="a video file, a device such as 0 or /dev/video0, or the URL of a stream (rtsp, http, https); once for "
-        "each camera (default: the clip in data/)",
-    )
-    cameras.add_argument("--loop", action="store_true", help="repeat files for ever")
-    cameras.add_argument(
-        "--fps",
-        type=rate,
-        metavar="N",
-        help="frames a second: a file plays at this rate, a live source is sampled down to it; max: a file goes as "
-        "fast as the server answers (default: the source's own rate)",
-    )
-    cameras.add_argument(
-        "--drop",
-        choices=["oldest", "newest", "none"],
-        help="what to drop of a camera that is faster than the server: the oldest or the newest of the frames that "
-        "wait, or none, then the camera waits (default: oldest of live sources, none of files)",
-    )
-    cameras.add_argument(
-        "--max-age",
-        type=milliseconds,
-        default=math.inf,
-        metavar="MS",
-        help="do not send frames that are older than this when their turn comes (default: no limit)",
-    )
-    cameras.add_argument(
-        "--resize", type=whole, metavar="N", help="shrink frames to a short edge of N pixels before they are sent"
-    )
-    cameras.add_argument(
-        "--jpeg-quality", type=quality, default=95, metavar="N", help="1 to 100 (default: %(default)s)"
-    )
-    cameras.add_argument(
-        "--require-cameras",
-        action="store_true",
-        help="end at once if a live source can't be opened at the start (default: try until it can)",
-    )
-
-    server = parser.add_argument_group("server")
-    server.add_argument(
-        "--url",
-        type=http_url,
-        default="http://127.0.0.1:8080",
-        help="TorchServe's inference address (default: %(default)s)",
-    )
-    server.add_argument("--model", default="resnet-18", help="the model's name in TorchServe (default: %(default)s)")
-    server.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="TorchServe's key file (default: the token in the variable TORCHSERVE_TOKEN, else ./key_file.json)",
-    )
-    server.add_argument(
-        "--management-url",
-        type=http_url,
-        metavar="URL",
-        help="TorchServe's management address, on the host of --url, where an expired token is renewed with the API "
-        "key of the key file (default: http://127.0.0.1:8081 if --url is on this machine, else none)",
-    )
-    server.add_argument(
-        "--server-wait",
-        type=seconds,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long to wait for a server that is not up, and how long a file waits for one that went away "
-        "(default: %(default)g)",
-    )
-    server.add_argument(
-        "--max-in-flight",
-        type=whole,
-        metavar="N",
-        help=f"most requests without an answer yet (default: {BATCHES_IN_FLIGHT} JSON batches, or "
-        f"{BATCHES_IN_FLIGHT} times --batch-size single frames)",
-    )
-    server.add_argument(
-        "--check", action="store_true", help="look at cameras and server, tell what works, and stream nothing"
-    )
-
-    outputs = parser.add_argument_group("outputs")
-    outputs.add_argument(
-        "--log-every",
-        type=whole,
-        default=20,
-        metavar="N",
-        help="frames from one output to the next, at least --batch-size (default: %(default)s)",
-    )
-    outputs.add_argument("--quiet", action="store_true", help="do not print answers")
-    outputs.add_argument(
-        "--jsonl",
-        metavar="FILE",
-        help="write a JSON object for each frame; - is standard output, and no answers are printed then",
-    )
-    outputs.add_argument(
-        "--save-video",
-        type=Path,
-        metavar="FILE",
-        help="write the frames with their labels drawn on, as .mp4, .mkv or .avi; several cameras: FILE-1, FILE-2",
-    )
-    outputs.add_argument("--show", action="store_true", help="show the frames with their labels in a window; q quits")
-
-    args = parser.parse_args(argv)
-    args.input = args.input or [str(SAMPLE)]
-    if args.max_in_flight is None:
-        # The same number of frames on their way in both ways of batching.
-        args.max_in_flight = BATCHES_IN_FLIGHT if args.client_batching else BATCHES_IN_FLIGHT * args.batch_size
-    # The API key goes nowhere but to the machine that has the token too.
-    host = urlsplit(args.url).hostname
-    if args.management_url is None and host in LOOPBACK:
-        args.management_url = "http://127.0.0.1:8081"
-    elif args.management_url and urlsplit(args.management_url).hostname != host:
-        parser.error(f"argument --management-url: expected an address on the host of --url, {host}")
-    # An output must not be another one, nor what is read.
-    written = [Path(args.jsonl)] if args.jsonl not in (None, "-") else []
-    try:
-        written += video_paths(args.save_video, len(args.input)) if args.save_video else []
-    except SinkError as error:
-        parser.error(str(error))
-    taken = [Path(name).resolve() for name in args.input if "://" not in name]
-    for path in written:
-        if path.resolve() in taken:
-            parser.error(f"{path} is an input or another output too")
-        taken.append(path.resolve())
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A name may have any letters.
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # It tells every attempt; edge.client tells the trouble once.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # It tells every attempt; edge.retries tells the trouble once.
     stop = threading.Event()
     was_interrupted = False
     # Windows has no SIGHUP; nohup has it ignored.

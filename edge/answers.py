@@ -1,7 +1,7 @@
 """What a server's answer says: of every frame, whatever the answer is."""
 
-import math
 import re
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,19 +17,15 @@ BATCH_HEADER = "X-Forward-Batch-Size"  # how many frames shared the forward pass
 def read_results(response: requests.Response, frames: Sequence[Frame], as_json: bool) -> list[Result]:
     """Return what an answer says of each of its frames, in the order sent, whatever the answer is."""
     now = time.monotonic()
-
-    def failed(error: str) -> list[Result]:
-        return [Result(frame, "failed", error=error) for frame in frames]
-
     if response.status_code != requests.codes.ok:
-        return failed(f"{response.status_code} {error_text(response)}")
+        return failed(frames, f"{response.status_code} {error_text(response)}")
     try:
         body = response.json()
     except (ValueError, RecursionError):
-        return failed("the answer is not JSON")
+        return failed(frames, "the answer is not JSON")
     answers = body if as_json else [body]
     if not isinstance(answers, list) or len(answers) != len(frames):
-        return failed(f"the answer does not fit: expected {len(frames)} predictions")
+        return failed(frames, f"the answer does not fit: expected {len(frames)} predictions")
     shared = response.headers.get(BATCH_HEADER, "")
     shared_by = int(shared) if re.fullmatch(r"[1-9][0-9]{0,8}", shared) else None
     results = []
@@ -43,12 +39,17 @@ def read_results(response: requests.Response, frames: Sequence[Frame], as_json: 
     return results
 
 
+def failed(frames: Sequence[Frame], error: str) -> list[Result]:
+    """Return the results of frames that failed for one reason."""
+    return [Result(frame, "failed", error=error) for frame in frames]
+
+
 def is_prediction(answer: Any) -> bool:
-    """Whether an answer is a dict label -> probability."""
+    """Whether an answer is a dict label -> probability, of numbers that a float can hold."""
     return (
         isinstance(answer, dict)
         and bool(answer)
-        and all(isinstance(value, float | int) and abs(value) < math.inf for value in answer.values())
+        and all(isinstance(value, float | int) and abs(value) <= sys.float_info.max for value in answer.values())
     )
 
 

@@ -64,7 +64,7 @@ class Camera:
             source is sampled down to it. None: the file's own rate, or all frames of a live source.
         loop: repeat a file for ever.
         resize: pixels that the short edge is shrunk to; a smaller picture stays as it is.
-        jpeg_quality: 0 to 100.
+        jpeg_quality: 1 to 100.
     """
 
     def __init__(
@@ -117,6 +117,10 @@ class Camera:
             try:
                 while not stop.wait(max(0.0, due - time.monotonic())):
                     ok, image = capture.read()
+                    if not ok and self._loop and not is_empty:
+                        # From the beginning, without opening it anew: that could have to wait, see OPENING.
+                        capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
+                        ok, image = capture.read()
                     if not ok:
                         break
                     is_empty = False

@@ -5,7 +5,8 @@ import time
 from collections.abc import Sequence
 
 from edge.cameras import Camera, Frame, SourceError
-from edge.client import BODY_LIMIT, TEST_CAMERA, TEST_PICTURE, ServerError, TorchServe, json_size
+from edge.client import BODY_LIMIT, TEST_CAMERA, TEST_PICTURE, TorchServe, json_size
+from edge.retries import ServerError
 from edge.stats import Result
 
 ROUNDS = 5
@@ -44,7 +45,7 @@ def check_server(server: TorchServe, picture: bytes, per_request: int, max_in_fl
     label, probability = max((first.predictions or {}).items(), key=lambda item: item[1])
     print(f"ok    model: answers, {label} {probability:.2f}", flush=True)
 
-    latencies = [latency(result) for _ in range(ROUNDS) for result in ask(server, picture, 1, 1)]
+    latencies = [result.latency_s or 0.0 for _ in range(ROUNDS) for result in ask(server, picture, 1, 1)]
     print(f"ok    latency: {1000 * statistics.median(latencies):.0f} ms for a frame alone (median of {ROUNDS})")
 
     count = 2 * max_in_flight
@@ -78,11 +79,6 @@ def ask(server: TorchServe, picture: bytes, count: int, per_request: int) -> lis
         if result.outcome != "answered":
             raise ServerError(f"{server.url} does not answer: {result.error}")
     return results
-
-
-def latency(result: Result) -> float:
-    assert result.latency_s is not None
-    return result.latency_s
 
 
 def largest_body(server: TorchServe, picture: bytes) -> int:

@@ -21,11 +21,11 @@ import requests
 from requests.adapters import HTTPAdapter
 from requests_futures.sessions import FuturesSession
 
-from edge.answers import error_text, error_type, read_results
+from edge.answers import error_text, error_type, failed, read_results
 from edge.cameras import Camera, Frame
-from edge.retries import TRANSIENT, Health, RetryUntil, innermost, is_final, is_passing
+from edge.retries import TRANSIENT, Health, RetryUntil, ServerError, innermost, is_final, is_passing
 from edge.stats import Result
-from edge.tokens import BearerToken, TokenError
+from edge.tokens import BearerToken
 
 CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take: as long as a server of SLOWEST_FPS has to do for all frames in flight, and a bit. With a
@@ -48,10 +48,6 @@ TEST_PICTURE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
 log = logging.getLogger(__name__)
 
 
-class ServerError(Exception):
-    """A server that can't be used, with its address and what to do."""
-
-
 @dataclass
 class Request:
     """Frames on their way, and who takes their results."""
@@ -61,9 +57,6 @@ class Request:
     retry_until: float
     overdue_at: float
     is_settled: bool = False
-
-    def failed(self, error: str) -> list[Result]:
-        return [Result(frame, "failed", error=error) for frame in self.frames]
 
 
 class TorchServe:
@@ -86,7 +79,7 @@ class TorchServe:
         patience_s: float,
         stop: threading.Event,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = url
         self.health = Health(self.url)
         self._model = model
         self._as_json = as_json
@@ -138,6 +131,8 @@ class TorchServe:
         """
         self.connect()
         result = self.ask_one(TEST_PICTURE)
+        if self._stop.is_set():
+            raise ServerError(f"interrupted while waiting for {self.url}")
         if result.outcome != "answered":
             raise ServerError(f"{self.url} does not classify a test picture: {result.error}")
         close(self._session)
@@ -146,10 +141,7 @@ class TorchServe:
 
     def connect(self) -> None:
         """Wait until the server answers. Raises ServerError if it does not, refuses our token or has no such model."""
-        try:
-            self._token.load()
-        except TokenError as unreadable:
-            raise ServerError(str(unreadable)) from unreadable
+        self._token.load()
         # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs nothing.
         deadline = time.monotonic() + self._patience_s
         while True:
@@ -248,7 +240,9 @@ class TorchServe:
                 self._changed.wait(POLL_S)
                 late = dict(self._in_flight) if time.monotonic() >= give_up_at else {}
             for number, request in late.items():
-                self._settle(number, request.failed(f"the run ended, and {GRACE_S:g} s later there was no answer"))
+                self._settle(
+                    number, failed(request.frames, f"the run ended, and {GRACE_S:g} s later there was no answer")
+                )
 
     def takes(self, jpeg: bytes, size: int) -> bool:
         """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
@@ -274,7 +268,7 @@ class TorchServe:
         with self._changed:
             overdue = {n: r for n, r in self._in_flight.items() if r.overdue_at < time.monotonic()}
         for number, request in overdue.items():
-            self._settle(number, request.failed("no whole answer in time"))
+            self._settle(number, failed(request.frames, "no whole answer in time"))
         if overdue:
             self.health.bad("no whole answer in time")
             lost, self._session = self._session, self._open_session(self._patience_s)
@@ -296,7 +290,7 @@ class TorchServe:
 
     def _post(self, number: int, request: Request) -> None:
         if self._size(request.frames) > self._body_limit:
-            self._settle(number, request.failed(TOO_LARGE))
+            self._settle(number, failed(request.frames, TOO_LARGE))
             return
         if self._as_json:
             payload = {str(i): base64.b64encode(frame.jpeg).decode() for i, frame in enumerate(request.frames)}
@@ -318,7 +312,7 @@ class TorchServe:
             results = self._results(number, request, future)
         except Exception as error:
             log.exception("an answer that nobody foresaw")
-            results = request.failed(f"{type(error).__name__}: {error}")
+            results = failed(request.frames, f"{type(error).__name__}: {error}")
         self._settle(number, results)
 
     def _results(self, number: int, request: Request, future: "Future[requests.Response]") -> list[Result]:
@@ -334,7 +328,7 @@ class TorchServe:
                 self._post(number, request)
                 return []
         if error or response is None:
-            return request.failed(f"no answer: {innermost(error)}" if error else "no answer")
+            return failed(request.frames, f"no answer: {innermost(error)}" if error else "no answer")
         if response.status_code not in TRANSIENT and error_type(response) != "InvalidKeyException":
             self.health.good()
         if response.status_code != requests.codes.request_entity_too_large:
@@ -342,7 +336,7 @@ class TorchServe:
         # TorchServe's limit is lower than we thought, or that of a proxy before it.
         self._body_limit = min(self._body_limit, self._size(request.frames) - 1)
         if len(request.frames) == 1:
-            return request.failed(TOO_LARGE)
+            return failed(request.frames, TOO_LARGE)
         self.ask(request.frames, request.deliver, instead_of=number)
         return []
 

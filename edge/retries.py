@@ -21,6 +21,10 @@ NOTICE_AFTER_S = 2.0
 log = logging.getLogger(__name__)
 
 
+class ServerError(Exception):
+    """A server that can't be used, with its address and what to do."""
+
+
 class Health:
     """Whether the server answers, told to the user once when it does no more and once when it does again."""
 

@@ -13,17 +13,13 @@ import requests
 from requests.auth import AuthBase
 
 from edge.answers import error_text, error_type
-from edge.retries import Health, innermost
+from edge.retries import Health, ServerError, innermost
 
 MOST_TOKENS = 5  # that a single request tries
 POLL_S = 0.5
 RENEWAL_TIMEOUT_S = 5.0
 
 log = logging.getLogger(__name__)
-
-
-class TokenError(Exception):
-    """A token that can't be read, with its source."""
 
 
 class BearerToken(AuthBase):
@@ -50,7 +46,7 @@ class BearerToken(AuthBase):
         self._lock = threading.Lock()
 
     def load(self) -> None:
-        """Read the token. Raises TokenError if its file can't be read or if there is no token in it."""
+        """Read the token. Raises ServerError if its file can't be read or if there is no token in it."""
         path = self._token_file or Path("key_file.json")
         api_key = ""
         if self._token_file is None and (token := os.environ.get("TORCHSERVE_TOKEN", "").strip()):
@@ -64,12 +60,12 @@ class BearerToken(AuthBase):
                 token = str(keys["inference"]["key"])
                 api_key = str(keys.get("API", {}).get("key", ""))
             except OSError as error:
-                raise TokenError(f"can't read the token file {path}: {error.strerror}") from error
+                raise ServerError(f"can't read the token file {path}: {error.strerror}") from error
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise TokenError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
+                raise ServerError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
         # Anything else would end in an error of the HTTP library that shows it.
         if not re.fullmatch("[!-~]*", api_key) or not re.fullmatch("[!-~]+", token):
-            raise TokenError(f"what is in {self.source} is no token: expected printable ASCII without spaces")
+            raise ServerError(f"what is in {self.source} is no token: expected printable ASCII without spaces")
         self._token, self._api_key = token, api_key
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -110,7 +106,7 @@ class BearerToken(AuthBase):
                         # Once is enough: each renewal shuts out whoever else has the token.
                         self._management_url = None
                         log.warning("TorchServe has a new token, but %s does not: is it a copy?", self.source)
-            except (TokenError, requests.RequestException) as error:
+            except (ServerError, requests.RequestException) as error:
                 # The file may be half written. If it is not, that is said when the patience is over.
                 self._health.bad(f"token refused, and no other to be had: {innermost(error)}")
             return bool(self._token) and f"Bearer {self._token}" != refused

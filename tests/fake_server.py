@@ -103,18 +103,12 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
                 while not self.server.closing.wait(0.2):
                     self.wfile.write(b" ")
                 self.close_connection = True
-            case "half an answer":
+            case "half an answer" | "stalls" as end:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(good)))
                 self.end_headers()
                 self.wfile.write(good[: len(good) // 2])
-                self.close_connection = True
-            case "stalls":
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(good)))
-                self.end_headers()
-                self.wfile.write(good[: len(good) // 2])
-                self.server.closing.wait(3)
+                self.server.closing.wait(3 if end == "stalls" else 0)
                 self.close_connection = True
             case "huge number":
                 self.reply(200, good.replace(b"1.0", b"1" * 400))

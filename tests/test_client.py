@@ -16,7 +16,8 @@ import requests
 
 from deploy.node import PROJECT, Node, free_ports, torchserve
 from edge.cameras import Camera, Frame
-from edge.client import ServerError, TorchServe
+from edge.client import TorchServe
+from edge.retries import ServerError
 from edge.stats import Result
 from tests.conftest import archive, books, jpeg, json_lines, run, wait_until
 from tests.fake_server import FakeServer
@@ -101,6 +102,7 @@ def test_passing_trouble_costs_nothing(
         ("too few", "the answer does not fit"),
         ("not predictions", "the answer does not fit"),
         ("not a number", "the answer does not fit"),
+        ("huge number", "the answer does not fit"),
         ("endless number", "the answer is not JSON"),
         ("odd charset", "the answer is not JSON"),
         ("redirect", "302 Found"),
