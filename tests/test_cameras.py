@@ -157,6 +157,21 @@ def test_file_is_repeated_without_a_pause_or_a_hurry(short_clip: Path, stop: thr
     assert repeated[-1].captured_at - repeated[0].captured_at >= 48 / 100
 
 
+def test_file_is_repeated_without_opening_it_again(short_clip: Path, stop: threading.Event) -> None:
+    """OpenCV opens one source at a time: a camera that never answers would hold up a file at each of its ends."""
+    with mjpeg_camera(pictures(1)) as mute:
+        mute.mode = "mute"
+        frames = Camera(str(short_clip), loop=True).frames(stop)
+        first = next(frames)
+        thread = threading.Thread(target=lambda: list(Camera(mute.url).frames(stop)))
+        thread.start()
+        repeated = [next(frames) for _ in range(100)]
+        assert repeated[-1].captured_at - first.captured_at < 4
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
 def test_stop_ends_the_wait_for_the_next_frame(capture: type[Capture], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "fps", 0.01)
     stop = threading.Event()
