@@ -1,7 +1,6 @@
-"""The TorchServe session: payloads, timeouts, what is in flight, and what became of every frame that was sent."""
+"""The TorchServe session: connections, payloads, timeouts, and what is made of the answers."""
 
 import base64
-import itertools
 import json
 import logging
 import math
@@ -10,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +21,7 @@ from requests_futures.sessions import FuturesSession
 
 from edge.answers import error_text, error_type, failed, read_results
 from edge.cameras import Camera, Frame
+from edge.in_flight import POLL_S, InFlight, Request
 from edge.retries import TRANSIENT, Health, RetryUntil, ServerError, innermost, is_final, is_passing
 from edge.stats import Result
 from edge.tokens import BearerToken
@@ -38,7 +37,6 @@ BODY_LIMIT = 6_553_500
 TOO_LARGE = "413 one frame is over the server's limit: make it smaller with --resize or --jpeg-quality"
 # How long a request still waits for its answer once the run is to end.
 GRACE_S = 5.0
-POLL_S = 0.5
 # urllib3 calls itself for each attempt: with more it would come to Python's limit. Whoever has patience begins anew.
 MOST_ATTEMPTS = 100
 # Asked about before the first frame is read.
@@ -46,17 +44,6 @@ TEST_CAMERA = Camera("test picture")
 TEST_PICTURE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Request:
-    """Frames on their way, and who takes their results."""
-
-    frames: Sequence[Frame]
-    deliver: Callable[[Result], None]
-    retry_until: float
-    overdue_at: float
-    is_settled: bool = False
 
 
 class TorchServe:
@@ -90,9 +77,7 @@ class TorchServe:
         self._token = BearerToken(token_file, management_url, stop, self.health)
         self._session = self._open_session(patience_s)
         self._patience_s = patience_s
-        self._numbers = itertools.count()
-        self._in_flight: dict[int, Request] = {}
-        self._changed = threading.Condition()
+        self._in_flight = InFlight()
 
     def __enter__(self) -> "TorchServe":
         return self
@@ -199,11 +184,8 @@ class TorchServe:
         """
         while True:
             self._give_up_overdue()
-            with self._changed:
-                most = 1 if self.health.is_told else self._max_in_flight
-                if len(self._in_flight) < most or self._stop.is_set():
-                    return
-                self._changed.wait(POLL_S)
+            if self._in_flight.wait_below(1 if self.health.is_told else self._max_in_flight) or self._stop.is_set():
+                return
 
     def ask(self, frames: Sequence[Frame], deliver: Callable[[Result], None], instead_of: int | None = None) -> None:
         """Send a frame, or with JSON a batch of them, without waiting for the answer.
@@ -216,33 +198,18 @@ class TorchServe:
             Request(part, deliver, retry_until, retry_until + 2 * self._timeout_s(len(part)))
             for part in self._split(frames)
         ]
-        with self._changed:
-            if instead_of is not None:
-                refused = self._in_flight.get(instead_of)
-                if refused is None or refused.is_settled:
-                    return
-                del self._in_flight[instead_of]
-            numbered = {next(self._numbers): part for part in parts}
-            self._in_flight.update(numbered)
-        for number, part in numbered.items():
+        for number, part in self._in_flight.add(parts, instead_of).items():
             self._post(number, part)
 
     def finish(self) -> None:
         """Wait for all results; when `stop` is set, for GRACE_S seconds at most, and the rest has failed."""
         give_up_at = math.inf
-        while True:
+        while not self._in_flight.wait_below(1):
             self._give_up_overdue()
             if self._stop.is_set():
                 give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
-            with self._changed:
-                if not self._in_flight:  # The last result is delivered, by whichever thread.
-                    return
-                self._changed.wait(POLL_S)
-                late = dict(self._in_flight) if time.monotonic() >= give_up_at else {}
-            for number, request in late.items():
-                self._settle(
-                    number, failed(request.frames, f"the run ended, and {GRACE_S:g} s later there was no answer")
-                )
+            if time.monotonic() >= give_up_at:
+                self._in_flight.give_up(f"the run ended, and {GRACE_S:g} s later there was no answer")
 
     def takes(self, jpeg: bytes, size: int) -> bool:
         """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
@@ -265,11 +232,7 @@ class TorchServe:
 
         Their threads may be lost for long: what comes after them gets a new session.
         """
-        with self._changed:
-            overdue = {n: r for n, r in self._in_flight.items() if r.overdue_at < time.monotonic()}
-        for number, request in overdue.items():
-            self._settle(number, failed(request.frames, "no whole answer in time"))
-        if overdue:
+        if self._in_flight.give_up("no whole answer in time", overdue_only=True):
             self.health.bad("no whole answer in time")
             lost, self._session = self._session, self._open_session(self._patience_s)
             close(lost)
@@ -290,7 +253,7 @@ class TorchServe:
 
     def _post(self, number: int, request: Request) -> None:
         if self._size(request.frames) > self._body_limit:
-            self._settle(number, failed(request.frames, TOO_LARGE))
+            self._in_flight.settle(number, failed(request.frames, TOO_LARGE))
             return
         if self._as_json:
             payload = {str(i): base64.b64encode(frame.jpeg).decode() for i, frame in enumerate(request.frames)}
@@ -313,7 +276,7 @@ class TorchServe:
         except Exception as error:
             log.exception("an answer that nobody foresaw")
             results = failed(request.frames, f"{type(error).__name__}: {error}")
-        self._settle(number, results)
+        self._in_flight.settle(number, results)
 
     def _results(self, number: int, request: Request, future: "Future[requests.Response]") -> list[Result]:
         """Return the results of a request, none if it goes on: tried again, or in parts."""
@@ -339,19 +302,6 @@ class TorchServe:
             return failed(request.frames, TOO_LARGE)
         self.ask(request.frames, request.deliver, instead_of=number)
         return []
-
-    def _settle(self, number: int, results: Sequence[Result]) -> None:
-        """Deliver a request's results, if there are any, once: it may be given up and answered at the same time."""
-        with self._changed:
-            request = self._in_flight.get(number)
-            if not results or request is None or request.is_settled:
-                return
-            request.is_settled = True
-        for result in results:
-            request.deliver(result)
-        with self._changed:
-            del self._in_flight[number]
-            self._changed.notify_all()
 
 
 def close(session: FuturesSession) -> None:
