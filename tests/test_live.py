@@ -28,7 +28,7 @@ import psutil
 import pytest
 
 from deploy.node import PROJECT, Node, free_ports, torchserve
-from tests.conftest import CATS, CLIP, archive, books, frames_of, jpeg, json_lines, outputs, run, wait_until
+from tests.conftest import CLIP, archive, books, frames_of, jpeg, json_lines, outputs, run, wait_until
 from tests.fake_server import FakeServer
 from tests.mjpeg_camera import mjpeg_camera
 
@@ -98,7 +98,7 @@ def longest_gap(lines: list[dict[str, Any]], camera: str) -> float:
 
 
 def test_a_dead_camera_leaves_the_others_alone(node: Node, pictures: list[bytes], tmp_path: Path) -> None:
-    """One camera is cut for good, one never answers, one stalls; the two others never miss a beat."""
+    """One camera is cut and comes back, one never answers, one stalls; the one that is well never misses a beat."""
     with (
         mjpeg_camera(pictures, fps=10) as first,
         mjpeg_camera(pictures, fps=10) as second,
@@ -164,7 +164,7 @@ def test_every_answer_finds_its_own_frame(
 
 
 def test_server_that_is_slower_than_the_cameras(node: Node, pictures: list[bytes], tmp_path: Path) -> None:
-    """For a minute: memory flat, and every answer younger than the age limit and one round of the server."""
+    """For a minute: memory flat, and 99 of 100 answers younger than the age limit."""
     with mjpeg_camera(pictures, fps=60) as first, mjpeg_camera(pictures, fps=60) as second:
         inputs = ["--input", first.url, "--input", second.url, "--max-age", "1000", "--max-in-flight", "8"]
         with running(node, tmp_path, *inputs) as request:
@@ -340,47 +340,6 @@ def test_absent_camera_is_waited_for_unless_it_is_required(
             (book,) = request.end().values()
     assert int(book["answered"]) > 0
     assert "hunter2" not in request.stderr() + done.stderr
-
-
-def test_check_tells_what_works(node: Node, tmp_path: Path) -> None:
-    command = ["request.py", *MODEL, "--url", node.url, "--check"]
-    done = run(*command, cwd=node.folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[:2] for line in lines] == [
-        ["ok", word] for word in ("camera", "server", "model:", "latency:", "batching:", "largest")
-    ]
-    assert any(f"model: answers, {cat} 0." in lines[2] for cat in CATS)
-    shared = re.search(r"a forward pass was shared by (\d\.\d) frames \(mean\), (\d) \(most\)$", lines[4])
-    assert shared
-    assert 1 < float(shared[1]) <= 4
-    assert shared[2] == "4"
-    body = re.fullmatch(r"ok    largest body: 6,553,500 bytes, a JSON batch of (\d+) such frames", lines[5])
-    assert body
-    picture = len(jpeg(frames_of(CLIP)[0]))
-    assert int(body[1]) == 6_553_500 // (picture * 4 / 3 + 12)
-
-    absent = run(*command, "--input", "63", cwd=node.folder)
-    assert absent.returncode == 3
-    assert absent.stdout.startswith("FAIL  camera: no camera 63")
-    assert len(absent.stdout.splitlines()) == 6
-
-    no_token = run(*command, cwd=tmp_path)
-    assert no_token.returncode == 4
-    assert no_token.stdout.splitlines()[-1].startswith(f"FAIL  server: {node.url} wants a token")
-
-    nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
-    no_server = run("request.py", "--check", "--url", nowhere, "--server-wait", "0", cwd=tmp_path)
-    assert no_server.returncode == 4
-    assert "FAIL  server: no server at" in no_server.stdout
-
-
-@pytest.mark.parametrize("fake", ["at most 300000"], indirect=True)
-def test_check_finds_a_lower_limit(fake: FakeServer, tmp_path: Path) -> None:
-    done = run("request.py", "--check", "--url", fake.url, cwd=tmp_path)
-    found = re.search(r"largest body: ([\d,]+) bytes", done.stdout)
-    assert found, done.stdout
-    assert 297_000 <= int(found[1].replace(",", "")) <= 300_000
 
 
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
