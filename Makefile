@@ -7,7 +7,7 @@ else
 BIN := .venv/bin
 endif
 
-.PHONY: demo test lint video diagrams clean
+.PHONY: demo test lint bench video diagrams clean
 .DELETE_ON_ERROR:
 
 demo: .venv/server  ## both recipes on the sample clip
@@ -20,6 +20,9 @@ lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: .venv/bench  ## benchmarks/README.md anew; takes 25 minutes on 2 cores, and some 12 GB of memory
+	$(BIN)/python -m benchmarks.run
 
 video: .venv/dev  ## data/sample_video.mp4 anew
 	$(BIN)/python data/make_sample_video.py
@@ -42,4 +45,8 @@ clean:
 .venv/dev: .venv/server
 	$(BIN)/python -m pip install --quiet '.[server,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/window 'opencv-python>=4.10,<6'
+	touch $@
+
+.venv/bench: .venv/server
+	$(BIN)/python -m pip install --quiet '.[server,bench]'
 	touch $@

@@ -26,6 +26,7 @@ RESNET18 = ResNet18_Weights.IMAGENET1K_V1
 TOP_K = 5
 THREADS_PER_WORKER = 1  # TorchServe starts a worker for each core.
 DOWNLOAD_TIMEOUT_S = 5.0
+COMPILE_TIMEOUT_S = 600  # TorchServe would end a worker that is not ready after 120.
 
 
 class ArchiveError(Exception):
@@ -122,14 +123,16 @@ def load_network(model: str, weights: Path, classes: int) -> torch.nn.Module:
     return network
 
 
-def model_config(model: str, client_batching: bool) -> dict[str, object]:
+def model_config(args: argparse.Namespace) -> dict[str, object]:
     """Return the settings that travel in the archive as model-config.yaml; see config.properties for the others."""
     reference = RESNET18.transforms()
     config: dict[str, object] = {
         "handler": {
-            "network": model,
+            "network": args.model,
             "top_k": TOP_K,
             "threads": THREADS_PER_WORKER,
+            "precision": args.precision,
+            "compile": args.compile,
             "preprocessing": {
                 "resize": reference.resize_size[0],  # the shorter edge, pixels
                 "crop": reference.crop_size[0],  # both edges, pixels
@@ -139,15 +142,17 @@ def model_config(model: str, client_batching: bool) -> dict[str, object]:
             },
         }
     }
-    if client_batching:
+    if args.client_batching:
         # A request is a batch already: none is held back to wait for others. What stands here wins over
         # config.properties, though not over a snapshot; 1 ms is the shortest delay TorchServe takes.
         config |= {"batchSize": 1, "maxBatchDelay": 1}
+    if args.compile:
+        config["startupTimeout"] = COMPILE_TIMEOUT_S
     return config
 
 
 def write_archive(
-    model_store: Path, model: str, network: torch.nn.Module, labels: list[str], client_batching: bool
+    model_store: Path, model: str, network: torch.nn.Module, labels: list[str], config: dict[str, object]
 ) -> Path:
     """Write model_store/<model>.mar, aside first and then moved into place, so that nobody ever sees half a file."""
     model_store.mkdir(parents=True, exist_ok=True)
@@ -155,9 +160,7 @@ def write_archive(
         staging = Path(staging_name)
         torch.save(network.state_dict(), staging / f"{model}.pth")
         (staging / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels))), encoding="utf-8")
-        (staging / "model-config.yaml").write_text(
-            yaml.safe_dump(model_config(model, client_batching)), encoding="utf-8"
-        )
+        (staging / "model-config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         # The archiver builds in <temporary directory>/<model> and deletes what it finds there: give it one of its own.
         scratch = staging / "scratch"
         scratch.mkdir()
@@ -204,6 +207,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=["resnet-18", "efficientnet-lite0"], default="resnet-18", help="the network")
     parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="of the network: bf16 is about twice as fast where the processor knows it, and nearly as exact",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="have the server compile the network when it starts, which takes it a minute; needs g++ there",
+    )
+    parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="a state dict of your own instead of the ImageNet weights"
     )
     parser.add_argument(
@@ -226,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             weights = embedded_weights()
         network = load_network(args.model, weights, len(labels))
-        archive = write_archive(Path("model_store"), args.model, network, labels, args.client_batching)
+        archive = write_archive(Path("model_store"), args.model, network, labels, model_config(args))
     except ArchiveError as error:
         print(f"create_mar_file.py: {error}", file=sys.stderr)
         return error.exit_code

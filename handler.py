@@ -12,15 +12,20 @@ TorchServe batches requests without looking at them: one call may bring both kin
 """
 
 import base64
-import binascii
 import io
 import json
-import warnings
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.fx.experimental.optimization import fuse
 from torchvision import models
 from torchvision.transforms import v2
 from ts.context import Context
@@ -30,8 +35,21 @@ from ts.utils.util import load_label_mapping, map_class_to_label
 # The most that a picture's long edge may be of its short one. A picture of 1 x 65,000 is small until it is resized.
 MAX_ASPECT_RATIO = 32
 
-# Says in every answer how many frames went through the network together with this request's.
+# What a picture may claim to hold; a small file can claim a lot. Pillow's own limit, 89 megapixels.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+
+# Says in every answer how many frames went through the network together with this request's, or its first ones.
 BATCH_HEADER = "X-Forward-Batch-Size"
+
+# So many frames are decoded and go through the network at once, at most: more gain nothing on a CPU, and take memory.
+LARGEST_PASS = 32
+# The same for a compiled network, which is compiled for each number of frames up to this one, or up to TorchServe's
+# batch size if that is more. It takes seconds for each.
+LARGEST_COMPILED_PASS = 4
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+log = logging.getLogger(__name__)
 
 
 def build_network(name: str, classes: int) -> torch.nn.Module:
@@ -48,49 +66,105 @@ def build_network(name: str, classes: int) -> torch.nn.Module:
     return network
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB, the way up that its EXIF says. Raises ValueError for a sliver."""
-    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
-        raise ValueError("{} x {} pixels, expected a shape of at most {} to 1".format(*picture.size, MAX_ASPECT_RATIO))
-    if picture.mode.startswith("I;16"):
-        # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
-        picture = picture.point(lambda value: value / 256).convert("L")
-    return ImageOps.exif_transpose(picture).convert("RGB")
+def open_picture(image: bytes | bytearray) -> Image.Image:
+    """Return a picture of any mode as RGB, the way up that its EXIF says.
+
+    Raises ValueError for a giant and for a sliver, and what Pillow raises for what it can't read.
+    """
+    with Image.open(io.BytesIO(image)) as picture:  # It reads no further than the header.
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(f"{width} x {height} pixels, expected a shape of at most {MAX_ASPECT_RATIO} to 1")
+        rgb: Image.Image = picture
+        if picture.mode.startswith("I;16"):
+            # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
+            rgb = picture.point(lambda value: value / 256).convert("L")
+        return ImageOps.exif_transpose(rgb).convert("RGB")
+
+
+def frames_of(body: Any) -> list[Any]:
+    """Return the frames of a request's body, as they came, or the reason why there are none in it."""
+    if isinstance(body, dict) and body:
+        return list(body.values())
+    if isinstance(body, bytes | bytearray):
+        return [body]
+    return [ValueError('expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}')]
 
 
 class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no type information
     """Classifies the frames of all requests of a batch in one forward pass."""
 
     def initialize(self, context: Context) -> None:
-        """Load network, labels and preprocessing from the archive, once per worker."""
+        """Load network, labels and preprocessing from the archive, once per worker, and warm up."""
         settings = context.model_yaml_config["handler"]
         torch.set_num_threads(settings["threads"])
         gpu = context.system_properties.get("gpu_id")
         self.device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
+        self.dtype = PRECISIONS[settings["precision"]]
 
         archive = Path(context.system_properties["model_dir"])
         self.mapping = load_label_mapping(str(archive / "index_to_name.json"))
         weights = torch.load(
             archive / context.manifest["model"]["serializedFile"], map_location=self.device, weights_only=True
         )
-        self.model = build_network(settings["network"], len(self.mapping))
-        self.model.load_state_dict(weights)
-        self.model.to(self.device).eval()
+        network = build_network(settings["network"], len(self.mapping))
+        network.load_state_dict(weights)
+        # fuse() makes one of each convolution and the batch normalization behind it. (Not so in EfficientNet-Lite0:
+        # its convolutions are of a kind of their own.)
+        self.model: Callable[[torch.Tensor], torch.Tensor]
+        self.model = fuse(network.eval()).to(self.device, self.dtype).to(memory_format=torch.channels_last)
 
         preprocessing = settings["preprocessing"]
-        self.transform = v2.Compose(
-            [
-                v2.Resize(preprocessing["resize"], v2.InterpolationMode(preprocessing["interpolation"])),
-                v2.CenterCrop(preprocessing["crop"]),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(preprocessing["mean"], preprocessing["std"]),
-            ]
+        interpolation = v2.InterpolationMode(preprocessing["interpolation"])
+        self.crop = v2.Compose(
+            [v2.Resize(preprocessing["resize"], interpolation), v2.CenterCrop(preprocessing["crop"]), v2.PILToTensor()]
+        )
+        self.normalize = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing["mean"], preprocessing["std"])]
         )
         self.top_k = min(settings["top_k"], len(self.mapping))
-        # A small file can claim a giant picture. Pillow sees it in the header; make it refuse instead of warn.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # TorchServe starts a worker for each GPU, or for each core if there is none, and they share the cores. A second
+        # thread is of use where the other workers idle, and costs nothing where they don't.
+        cores = os.cpu_count() or 1
+        workers = torch.cuda.device_count() or cores
+        self.decoders = ThreadPoolExecutor(max(2, cores // workers), "decoder")
+
+        self.largest_pass = LARGEST_PASS
+        batch_size = context.system_properties["batch_size"]
+        if settings["compile"]:
+            self.compile(batch_size)
+        self.warm_up({1, LARGEST_COMPILED_PASS, min(batch_size, self.largest_pass)})
         self.initialized = True
+
+    def compile(self, batch_size: int) -> None:
+        """Compile the network for every number of frames it will meet; go on without if that fails.
+
+        TorchServe's own `pt2` setting is no help: it only takes effect in the method that initialize() replaces, it
+        compiles when the first requests come, and what fails then fails them.
+        """
+        eager, start = self.model, time.monotonic()
+        self.largest_pass = max(batch_size, LARGEST_COMPILED_PASS)
+        try:
+            torch._dynamo.config.recompile_limit = self.largest_pass
+            # TorchServe starts a worker for each core: none of them needs compilers of its own.
+            torch._inductor.config.compile_threads = 1
+            self.model = torch.compile(eager, dynamic=False, options={"freezing": True})
+            self.warm_up(range(1, self.largest_pass + 1))
+        except Exception as error:  # noqa: BLE001 - A compiler can fail in any way.
+            log.warning("can't compile the network, going on without: %s", str(error).partition("\n")[0])
+            self.model, self.largest_pass = eager, LARGEST_PASS
+        else:
+            log.info("compiled for 1 to %d frames in %.0f s", self.largest_pass, time.monotonic() - start)
+
+    def warm_up(self, sizes: Iterable[int]) -> None:
+        """Classify blank frames, so that what takes time only once has happened before the first request comes."""
+        with io.BytesIO() as file:
+            Image.new("RGB", (640, 480)).save(file, "JPEG")
+            blank = self.crop(open_picture(file.getvalue()))
+        for size in sizes:
+            self.inference([blank] * size)
 
     # BaseHandler.handle() is overridden whole, because with it a `describe` or `explain` header of one client spoils
     # the answers of all others in the batch.
@@ -105,55 +179,61 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             One answer for each request, in the same order, whatever the request held.
         """
         bodies = [row.get("data", row.get("body")) for row in data]
-        requests = [self.preprocess(body) for body in bodies]
-        tensors = [frame for frames in requests for frame in frames if isinstance(frame, torch.Tensor)]
-        predictions = iter(self.inference(tensors))
+        requests = [frames_of(body) for body in bodies]
+        frames = list(chain.from_iterable(requests))
+        results: list[dict[str, Any]] = []
+        shared_by: list[int] = []
+        for start in range(0, len(frames), self.largest_pass):
+            part, shared = self.classify(frames[start : start + self.largest_pass])
+            results += part
+            shared_by += [shared] * len(part)
 
         answers: list[Any] = []
-        for index, (body, frames) in enumerate(zip(bodies, requests, strict=True)):
-            context.set_response_header(index, BATCH_HEADER, str(len(tensors)))
+        first = 0
+        for index, (body, request) in enumerate(zip(bodies, requests, strict=True)):
+            answer = results[first : first + len(request)]
+            context.set_response_header(index, BATCH_HEADER, str(shared_by[first]))
             context.set_response_content_type(index, "application/json")
-            results = [
-                next(predictions) if isinstance(frame, torch.Tensor) else {"error": str(frame)} for frame in frames
-            ]
             if isinstance(body, dict) and body:
-                answers.append(results)
-            elif isinstance(frames[0], torch.Tensor):
-                answers.append(results[0])
-            else:
+                answers.append(answer)
+            elif isinstance(answer[0].get("error"), str):
                 context.set_response_status(400, "Bad Request", index)
-                answers.append(json.dumps(results[0]))  # A string, since TorchServe spreads a dict over many lines.
+                answers.append(json.dumps(answer[0]))  # A string, since TorchServe spreads a dict over many lines.
+            else:
+                answers.append(answer[0])
+            first += len(request)
         return answers
 
-    def preprocess(self, body: Any) -> list[torch.Tensor | ValueError]:
-        """Return a request's frames, each a (3, crop, crop) float32 tensor or the reason why it is none."""
-        if isinstance(body, dict) and body:
-            return [self.preprocess_frame(value, encoded=True) for value in body.values()]
-        if isinstance(body, bytes | bytearray):
-            return [self.preprocess_frame(body)]
-        return [ValueError('expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}')]
+    def classify(self, frames: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
+        """Return the result of each frame, label -> probability or "error" -> reason, and how many shared the pass."""
+        tensors = list(self.decoders.map(self.preprocess, frames))
+        good = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        predictions = iter(self.inference(good) if good else [])
+        return [next(predictions) if isinstance(t, torch.Tensor) else {"error": str(t)} for t in tensors], len(good)
 
-    def preprocess_frame(self, frame: Any, encoded: bool = False) -> torch.Tensor | ValueError:
-        """Return one frame, ready for the network, or the reason why it is none: a bad frame costs only itself."""
+    def preprocess(self, frame: Any) -> torch.Tensor | ValueError:
+        """Return a frame as (3, crop, crop) uint8, or the reason why it is none: a bad frame costs only itself."""
+        if isinstance(frame, ValueError):
+            return frame
         try:
-            image = base64.b64decode(frame, validate=True) if encoded else frame
-        except (TypeError, binascii.Error, ValueError) as error:
+            image = frame if isinstance(frame, bytes | bytearray) else base64.b64decode(frame, validate=True)
+        except (TypeError, ValueError) as error:
             return ValueError(f"not a base64 string: {error}")
         try:
-            with Image.open(io.BytesIO(image)) as picture:
-                tensor: torch.Tensor = self.transform(to_rgb(picture))
-                return tensor
+            # By Pillow, in several threads. torchvision resizes tensors in a fifth of the time, but it rounds otherwise,
+            # and other pixels make other answers: EfficientNet-Lite0's probabilities changed by more than 0.001.
+            cropped: torch.Tensor = self.crop(open_picture(image))
+            return cropped
         except UnidentifiedImageError:
             return ValueError(f"not an image: no known format in these {len(image)} bytes")
         except Exception as error:  # noqa: BLE001 - Pillow's many decoders raise what they like on broken data.
             return ValueError(f"broken image: {error}")
 
-    def inference(self, tensors: list[torch.Tensor]) -> list[dict[str, float]]:
-        """Return label -> probability of the top k classes for each (3, crop, crop) tensor, from one forward pass."""
-        if not tensors:
-            return []
+    def inference(self, frames: Sequence[torch.Tensor]) -> list[dict[str, float]]:
+        """Return label -> probability of the top k classes for each (3, crop, crop) uint8 frame, from one pass."""
+        batch = torch.stack(list(frames)).to(self.device)
         with torch.inference_mode():
-            logits = self.model(torch.stack(tensors).to(self.device))
-            probabilities, classes = logits.softmax(dim=1).topk(self.top_k)
+            pixels = self.normalize(batch).to(self.dtype, memory_format=torch.channels_last)
+            probabilities, classes = self.model(pixels).float().softmax(dim=1).topk(self.top_k)
         predictions: list[dict[str, float]] = map_class_to_label(probabilities.tolist(), self.mapping, classes.tolist())
         return predictions

@@ -31,6 +31,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.bodies: list[bytes] = []  # of the test picture, and of all that came after it
         self.tokens: set[str | None] = set()
+        self.connections: set[tuple[str, int]] = set()  # over which anything was asked
 
     @property
     def frames_asked(self) -> int:
@@ -53,6 +54,7 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             number = len(self.server.bodies)
             self.server.bodies.append(body)
             self.server.tokens.add(self.headers["Authorization"])
+            self.server.connections.add(self.client_address)
             is_first_time = body not in self.server.bodies[:-1]
         as_json = self.headers["Content-Type"] == "application/json"
         frames = [base64.b64decode(frame) for frame in json.loads(body).values()] if as_json else [body]

@@ -53,6 +53,8 @@ def test_archive_holds_what_the_answers_depend_on(tmp_path: Path, weights: Path)
             "network": "resnet-18",
             "top_k": 5,
             "threads": 1,
+            "precision": "fp32",
+            "compile": False,
             "preprocessing": {
                 "resize": 256,
                 "crop": 224,
@@ -77,6 +79,17 @@ def test_client_batching_archive_tells_torchserve_not_to_wait(tmp_path: Path) ->
         config = yaml.safe_load(mar.read("model-config.yaml"))
     assert (config["batchSize"], config["maxBatchDelay"]) == (1, 1)
     assert config["handler"]["network"] == "efficientnet-lite0"
+
+
+def test_precision_and_compilation_are_choices_of_the_archive(tmp_path: Path, weights: Path) -> None:
+    archive("--weights", weights, "--precision", "bf16", "--compile", cwd=tmp_path)
+    with zipfile.ZipFile(tmp_path / "model_store" / "resnet-18.mar") as mar:
+        config = yaml.safe_load(mar.read("model-config.yaml"))
+        with mar.open("resnet-18.pth") as file:
+            archived = torch.load(file, weights_only=True)
+    assert (config["handler"]["precision"], config["handler"]["compile"]) == ("bf16", True)
+    assert config["startupTimeout"] == 600
+    assert archived["conv1.weight"].dtype == torch.float32, "nothing is lost that another choice would need"
 
 
 def test_new_archive_takes_the_place_of_the_old_one_at_once(tmp_path: Path, weights: Path) -> None:

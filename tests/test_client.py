@@ -60,6 +60,17 @@ def ask(server: TorchServe, *requests: list[Frame]) -> list[Result]:
 PICTURES = [b"one", b"two", b"three", b"four", b"five"]
 
 
+@pytest.mark.parametrize("fake", ["out of order"], indirect=True)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_as_many_connections_as_requests_in_flight_and_no_more(
+    fake: FakeServer, stop: threading.Event, as_json: bool
+) -> None:
+    with session(fake.url, stop, as_json=as_json) as server:
+        results = ask(server, *([frame] for frame in frames([bytes([number]) for number in range(40)])))
+    assert [result.outcome for result in results] == ["answered"] * 40
+    assert 1 < len(fake.connections) <= 4
+
+
 def assert_all_answered(results: list[Result]) -> None:
     """Every frame has the answer that is its own."""
     assert [result.frame.number for result in results] == list(range(1, len(results) + 1))

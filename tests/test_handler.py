@@ -3,8 +3,9 @@
 import base64
 import io
 import json
+import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from torchvision.models import ResNet18_Weights
 from ts.context import Context, RequestProcessor
 
 from deploy.node import PROJECT, Node, torchserve
-from handler import VideoFrameHandler
-from tests.conftest import CATS, archive, jpeg, post, random_resnet18
+from handler import LARGEST_PASS, VideoFrameHandler
+from tests.conftest import CATS, archive, jpeg, post, random_resnet18, wait_until
 
 HEADER = "X-Forward-Batch-Size"
 TRANSFORMS = ResNet18_Weights.IMAGENET1K_V1.transforms()
@@ -211,8 +212,8 @@ def gathering_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     archive("--weights", "weights.pth", "--labels", "labels.txt", cwd=folder)
     config = (PROJECT / "config.properties").read_text()
     one_patient_worker = '"minWorkers": 1, "maxWorkers": 1, "maxBatchDelay": 60000'
-    assert '"maxBatchDelay": 40' in config
-    with torchserve(folder, ["resnet-18"], config.replace('"maxBatchDelay": 40', one_patient_worker)) as running:
+    assert '"maxBatchDelay": 5' in config
+    with torchserve(folder, ["resnet-18"], config.replace('"maxBatchDelay": 5', one_patient_worker)) as running:
         yield running
 
 
@@ -262,32 +263,139 @@ def test_headers_of_one_client_do_not_spoil_the_batch(gathering_node: Node, clip
     assert len({json.dumps(response.json()) for response in responses}) == 1
 
 
-def test_frames_of_all_requests_go_through_the_network_together(
-    tmp_path: Path, weights: Path, clip: list[npt.NDArray[np.uint8]]
-) -> None:
-    """The header could say so without its being true. Here the network itself counts, outside of TorchServe."""
-    archive("--weights", weights, cwd=tmp_path)
-    with zipfile.ZipFile(tmp_path / "model_store" / "resnet-18.mar") as mar:
-        mar.extractall(tmp_path)
-    manifest = json.loads((tmp_path / "MAR-INF" / "MANIFEST.json").read_text())
-    config = yaml.safe_load((tmp_path / "model-config.yaml").read_text())
-    context = Context("resnet-18", str(tmp_path), manifest, 4, None, "0.12.0", model_yaml_config=config)
-    handler = VideoFrameHandler()
+@pytest.fixture
+def load(tmp_path: Path, weights: Path) -> Iterator[Callable[..., tuple[VideoFrameHandler, Context]]]:
+    """Loads an archive's handler into this process, outside of TorchServe."""
     threads = torch.get_num_threads()
-    try:
-        handler.initialize(context)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(threads)
 
-    shapes: list[tuple[int, ...]] = []
-    handler.model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    def load_archive(*flags: str, batch_size: int = 4) -> tuple[VideoFrameHandler, Context]:
+        archive("--weights", weights, *flags, cwd=tmp_path)
+        with zipfile.ZipFile(tmp_path / "model_store" / "resnet-18.mar") as mar:
+            mar.extractall(tmp_path)
+        manifest = json.loads((tmp_path / "MAR-INF" / "MANIFEST.json").read_text())
+        config = yaml.safe_load((tmp_path / "model-config.yaml").read_text())
+        context = Context("resnet-18", str(tmp_path), manifest, batch_size, None, "0.12.0", model_yaml_config=config)
+        handler = VideoFrameHandler()
+        handler.initialize(context)
+        return handler, context
+
+    yield load_archive
+    torch.set_num_threads(threads)
+
+
+Load = Callable[..., tuple[VideoFrameHandler, Context]]
+
+
+def handle(handler: VideoFrameHandler, context: Context, *bodies: bytes | dict[str, str]) -> list[Any]:
+    context.request_processor = [RequestProcessor({}) for _ in bodies]
+    return handler.handle([{"body": body} for body in bodies], context)
+
+
+def watch(handler: VideoFrameHandler) -> list[torch.Tensor]:
+    """Return a list that gets all that goes through the network from now on."""
+    seen: list[torch.Tensor] = []
+    network = handler.model
+
+    def watched(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(pixels)
+        return network(pixels)
+
+    handler.model = watched
+    return seen
+
+
+def test_frames_of_all_requests_go_through_the_network_together(load: Load, clip: list[npt.NDArray[np.uint8]]) -> None:
+    """The header could say so without its being true. Here the network itself counts, outside of TorchServe."""
+    handler, context = load()
+    seen = watch(handler)
     images = [jpeg(frame) for frame in clip[:3]]
-    context.request_processor = [RequestProcessor({}) for _ in range(3)]
-    answers = handler.handle([{"body": images[0]}, {"body": as_json(*images[1:])}, {"data": b"no image"}], context)
-    assert shapes == [(3, 3, 224, 224)]
+    answers = handle(handler, context, images[0], as_json(*images[1:]), b"no image")
+    assert [pixels.shape for pixels in seen] == [(3, 3, 224, 224)]
     assert [len(answer) for answer in answers[:2]] == [5, 2]
     assert [context.get_response_status(index)[0] for index in range(3)] == [200, 200, 400]
+
+
+def test_many_frames_go_through_the_network_in_parts(load: Load, clip: list[npt.NDArray[np.uint8]]) -> None:
+    handler, context = load()
+    seen = watch(handler)
+    images = [jpeg(frame) for frame in clip[:: len(clip) // 35][:35]]
+    [answers] = handle(handler, context, as_json(*images))
+    assert [len(pixels) for pixels in seen] == [LARGEST_PASS, 35 - LARGEST_PASS]
+    assert context.get_response_headers(0)[HEADER] == str(LARGEST_PASS)
+    alone = [handle(handler, context, image)[0] for image in (images[0], images[-1])]
+    assert [answers[0], answers[-1]] == [pytest.approx(answer, abs=1e-4) for answer in alone]
+
+
+def test_a_worker_has_one_thread_for_the_network(load: Load) -> None:
+    handler, _ = load()
+    assert torch.get_num_threads() == 1
+    # Threads that come later must not take all cores again.
+    assert handler.decoders.submit(torch.get_num_threads).result(timeout=10) == 1
+
+
+def test_handler_is_warm_before_the_first_request(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    inference = VideoFrameHandler.inference
+
+    def counted(self: VideoFrameHandler, frames: list[torch.Tensor]) -> list[dict[str, float]]:
+        sizes.append(len(frames))
+        return inference(self, frames)
+
+    monkeypatch.setattr(VideoFrameHandler, "inference", counted)
+    load(batch_size=6)
+    assert set(sizes) == {1, 4, 6}
+
+
+def test_bf16_is_nearly_as_exact(
+    load: Load, networks: dict[str, torch.nn.Module], clip: list[npt.NDArray[np.uint8]]
+) -> None:
+    handler, context = load("--precision", "bf16")
+    seen = watch(handler)
+    for frame in clip[::45]:
+        [answer] = handle(handler, context, image := jpeg(frame))
+        expected = reference(networks["resnet-18"], Image.open(io.BytesIO(image)))
+        assert seen[-1].dtype == torch.bfloat16
+        probabilities = torch.tensor(list(answer.values()))
+        assert not torch.equal(probabilities, probabilities.bfloat16().float()), "probabilities are computed in fp32"
+        for label, value in answer.items():
+            assert value == pytest.approx(expected[LABELS.index(label)].item(), abs=0.05)
+
+
+def test_compiled_network_answers_the_same(
+    tmp_path: Path, weights: Path, networks: dict[str, torch.nn.Module], clip: list[npt.NDArray[np.uint8]]
+) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs g++")
+    archive("--weights", weights, "--compile", cwd=tmp_path)
+    config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=1\n"
+    with torchserve(tmp_path, ["resnet-18"], config) as node:
+        wait_until(lambda: "compiled for 1 to 4 frames" in node.log())
+        images = [jpeg(frame) for frame in clip[:: len(clip) // 6]]
+        response = post(node, "resnet-18", as_json(*images))
+        assert response.headers[HEADER] == "4"
+        for image, answer in zip(images, response.json(), strict=True):
+            assert_equals_reference(answer, reference(networks["resnet-18"], Image.open(io.BytesIO(image))))
+
+
+def test_server_that_cannot_compile_says_so_and_serves(
+    tmp_path: Path, weights: Path, networks: dict[str, torch.nn.Module], clip: list[npt.NDArray[np.uint8]]
+) -> None:
+    archive("--weights", weights, "--compile", cwd=tmp_path)
+    config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=1\n"
+    with torchserve(tmp_path, ["resnet-18"], config, {"CXX": "no-such-compiler"}) as node:
+        wait_until(lambda: "can't compile the network, going on without: " in node.log())
+        image = jpeg(clip[0])
+        answer = post(node, "resnet-18", image).json()
+        assert_equals_reference(answer, reference(networks["resnet-18"], Image.open(io.BytesIO(image))))
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("config", [None, ""], ids=["config.properties", "no --ts-config"])
+def test_there_is_a_worker_for_each_core(tmp_path: Path, weights: Path, cores: int, config: str | None) -> None:
+    archive("--weights", weights, cwd=tmp_path)
+    environment = {"JAVA_TOOL_OPTIONS": f"-XX:ActiveProcessorCount={cores}"}
+    with torchserve(tmp_path, ["resnet-18"], config, environment) as node:
+        assert len(node.describe("resnet-18")["workers"]) == cores
 
 
 def test_resnet18_knows_the_cats_too(tmp_path: Path, clip: list[npt.NDArray[np.uint8]]) -> None:

@@ -128,7 +128,7 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     frames, description, answer = outputs(printed[2]), json.loads(printed[3])[0], json.loads(printed[4])
     assert_shows_the_clip(frames, batch_size=4)
     assert all(len(answer) == 5 for output in frames for answer in output.answers)
-    assert (description["batchSize"], description["maxBatchDelay"]) == (4, 40)
+    assert (description["batchSize"], description["maxBatchDelay"]) == (4, 5)
     assert len(answer) == 5
     old, new = (json.loads(printed[step])["inference"]["key"] for step in (5, 7))
     assert old != new
