@@ -21,7 +21,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/bench  ## benchmarks/README.md anew; takes 25 minutes on 2 cores, and some 12 GB of memory
+bench: .venv/bench  ## benchmarks/README.md anew; half an hour and 12 GB of memory
 	$(BIN)/python -m benchmarks.run
 
 video: .venv/dev  ## data/sample_video.mp4 anew

@@ -220,7 +220,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         except (TypeError, ValueError) as error:
             return ValueError(f"not a base64 string: {error}")
         try:
-            # By Pillow, in several threads. torchvision resizes tensors in a fifth of the time, but it rounds otherwise,
+            # By Pillow, in several threads. torchvision resizes tensors in a fifth of the time, but rounds otherwise,
             # and other pixels make other answers: EfficientNet-Lite0's probabilities changed by more than 0.001.
             cropped: torch.Tensor = self.crop(open_picture(image))
             return cropped

@@ -293,7 +293,7 @@ The sample clip, enlarged, as fast as `request.py --fps max` and the server go; 
 
 Each server started anew, one round, fp32, single frames under full load, 16 in flight (64 for all batch sizes); what
 is not named is as in `config.properties`. "In its first seconds" is the CPU while Java's compilers are at work; the
-figures of "all" of them are from after another 30 s.
+figures of "all" of them are from after another 25 s.
 
 {settings_table(results["settings"])}
 

@@ -43,9 +43,9 @@ ROUNDS = 3
 WARM_UP_S = 1.0
 # Java's compilers are busy at first: the quick one for seconds, the thorough one, which only the original example has,
 # for a minute or so.
-QUICK_WARM_UP_S, THOROUGH_WARM_UP_S = 4.0, 30.0
+QUICK_WARM_UP_S, THOROUGH_WARM_UP_S = 4.0, 25.0
 SATURATION_S = 4.0
-LIVE_S = 8.0
+LIVE_S = 7.0
 START_S = 1.5  # until request.py has imported what it needs, and streams
 AGE_LIMIT_MS = 1000
 MOST_DIFFERENCE = 0.05  # of a probability
@@ -271,7 +271,7 @@ def measure_growth(folder: Path, weights: Path, config: str) -> Rows:
             for name, clip in clips.items():
                 for flags in ([], ["--resize", "256"]):
                     row = {"frames": name, "resize": bool(flags)}
-                    rows.append(row | stream(server, [clip], "--fps", "max", *flags, seconds=6.0))
+                    rows.append(row | stream(server, [clip], "--fps", "max", *flags, seconds=5.0))
     return rows
 
 

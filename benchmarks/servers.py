@@ -1,5 +1,6 @@
 """The servers that are compared, each on free ports of 127.0.0.1, for as long as a `with` block lasts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from create_mar_file import imagenet_labels
 from deploy.node import PROJECT, NodeError, end, free_ports, torchserve
 
 READY_TIMEOUT_S = 180.0
@@ -74,6 +76,9 @@ def original(folder: Path, weights: Path, client_batching: bool) -> Iterator[Ser
     command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", "resnet-18", "--version", "1.0"]
     command += ["--model-file", str(here / "model.py"), "--serialized-file", str(weights), "--handler", handler]
     command += ["--export-path", str(folder / "model_store")]
+    labels = folder / "index_to_name.json"
+    labels.write_text(json.dumps(dict(enumerate(imagenet_labels()))))
+    command += ["--extra-files", str(labels)]
     environment = os.environ | {"TMPDIR": str(folder)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     settings = '"minWorkers": 1, "maxWorkers": 1, "batchSize": 4, "maxBatchDelay": 5000, "responseTimeout": 120'
