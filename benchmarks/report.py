@@ -198,14 +198,12 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
         for panel, column in ((panels[0, 0], "fps"), (panels[1, 0], "p99_ms")):
             rounds = [values(live, column, server=server, cameras=n) for n in cameras]
             line(panel, [str(n) for n in cameras], rounds, server[6:])
-    offered = [min(25.0 * n, panels[0, 0].get_ylim()[1]) for n in distinct(live, "cameras")]
-    panels[0, 0].plot([str(n) for n in distinct(live, "cameras")], offered, ":", color="grey", label="captured")
     for panel, column in ((panels[0, 1], "fps"), (panels[1, 1], "p99_ms")):
         line(panel, [row["value"] for row in batches], [[row[column]] for row in batches], "fp32")
     memory = panels[1, 1].twinx()
     memory.plot([row["value"] for row in batches], [row["memory_mb"] for row in batches], "s--", color="tab:green")
     memory.set_ylabel("server's memory, MB (green)")
-    memory.set_ylim(0)
+    memory.set_ylim(0, 1.1 * memory.get_ylim()[1])
     for resize in (False, True):
         frames = distinct(sizes, "frames")
         label = "--resize 256" if resize else "as they are"
@@ -218,7 +216,7 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
         panels[1, column_number].set_ylabel("p99 ms")
     panels[1, 2].set_ylabel("client's CPU, ms a frame")
     for panel in panels.flat:
-        panel.set_ylim(0)
+        panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False)
     figure.savefig(path, dpi=120)

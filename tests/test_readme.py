@@ -174,3 +174,11 @@ def test_flags_are_all_in_the_readme() -> None:
         flags = set(re.findall(r"--[a-z][a-z_-]+", done.stdout)) - {"--help"}
         assert len(flags) >= 4
         assert [flag for flag in sorted(flags) if f"`{flag}" not in README] == []
+
+
+def test_the_speed_that_the_readme_tells_is_the_measured_one() -> None:
+    section = README.split("## How fast it is")[1]
+    table = re.search(r"(?m)^\|.*\n(?:\|.*\n)+", section)
+    assert table
+    assert len(table[0].splitlines()) > 5
+    assert table[0] in (PROJECT / "benchmarks" / "README.md").read_text(encoding="utf-8")
