@@ -1,13 +1,15 @@
 """Build the archive that TorchServe serves: network, weights, labels, preprocessing and handler.py in one file.
 
 Writes model_store/<model>.mar in the current directory. Exit codes: 0 written, 1 an input is wrong or the archive
-can't be written, 2 wrong usage, 3 the weights can't be downloaded.
+can't be written, 2 wrong usage, 3 the weights can't be downloaded, 130 interrupted.
 """
 
 import argparse
+import io
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -157,8 +159,10 @@ def write_archive(
     """Write model_store/<model>.mar, aside first and then moved into place, so that nobody ever sees half a file."""
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_store, prefix=".create_mar_file-") as staging_name:
-        staging = Path(staging_name)
-        torch.save(network.state_dict(), staging / f"{model}.pth")
+        staging = Path(staging_name).resolve()  # The archiver runs in it: what is relative would be elsewhere.
+        with io.BytesIO() as file:  # With a file of its own torch hides why it can't write.
+            torch.save(network.state_dict(), file)
+            (staging / f"{model}.pth").write_bytes(file.getvalue())
         (staging / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels))), encoding="utf-8")
         (staging / "model-config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         # The archiver builds in <temporary directory>/<model> and deletes what it finds there: give it one of its own.
@@ -189,7 +193,8 @@ def write_archive(
         try:
             subprocess.run(command, cwd=staging, env=environment, check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError as error:
-            raise ArchiveError(f"torch-model-archiver failed: {error.stderr.strip()}") from error
+            reason = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+            raise ArchiveError(f"torch-model-archiver failed: {reason}") from error
         archive = model_store / f"{model}.mar"
         (staging / archive.name).replace(archive)
     return archive
@@ -231,6 +236,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that nothing half-written is left behind.
     try:
         labels = read_labels(args.labels) if args.labels else imagenet_labels()
         if args.weights:
@@ -247,6 +253,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"create_mar_file.py: can't write the archive into model_store: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("create_mar_file.py: interrupted", file=sys.stderr)
+        return 130
     print(f"{archive}: {args.model}, {len(labels)} classes, for {'JSON batches' if args.client_batching else 'frames'}")
     return 0
 

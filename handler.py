@@ -3,12 +3,13 @@
 Ships in the archive that create_mar_file.py builds, together with the weights, the labels (index_to_name.json) and
 the settings (model-config.yaml) it reads here. A request's body is either
 
-- one frame: JPEG, PNG or any other image that Pillow reads. Its answer is a dict label -> probability, the most
-  probable first; for a body that is no image, status 400 and `{"error": "..."}` on one line;
+- one frame: JPEG, PNG, WebP, BMP or GIF. Its answer is a dict label -> probability, the most probable first;
 - a JSON object of n frames, `{"0": base64, "1": base64, ...}`. Its answer is a list of n such dicts, in the order
-  sent, with `{"error": "..."}` in the place of a frame that is no image.
+  sent, with `{"error": "..."}` in the place of a frame that can't be read.
 
-TorchServe batches requests without looking at them: one call may bring both kinds.
+A request without a frame that can be read gets status 400, one that is too much work 413, and `{"error": "..."}` on one
+line of ASCII. TorchServe batches requests without looking at them: one call may bring all kinds, and what is wrong with
+one of them must not cost the others anything, their time neither. So what a request may ask for is bounded.
 """
 
 import base64
@@ -19,7 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,18 @@ from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 from ts.utils.util import load_label_mapping, map_class_to_label
 
+# What is decoded. Pillow knows more formats, one of which starts a program (EPS), and no camera sends them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+# What a picture may claim to hold, that of 8K video; a small file can claim a lot.
+MAX_PIXELS = 7680 * 4320
 # The most that a picture's long edge may be of its short one. A picture of 1 x 65,000 is small until it is resized.
 MAX_ASPECT_RATIO = 32
-
-# What a picture may claim to hold; a small file can claim a lot. Pillow's own limit, 89 megapixels.
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+# A JPEG's passes over its picture. A progressive one has about 10; it could have thousands, each takes as long as all.
+MAX_SCANS = 32
+# What the frames of one request may be together: some 10 seconds' work of a core. TorchServe's limit of 6.5 MB allows
+# 57 frames of 640 x 480.
+MAX_REQUEST_FRAMES = 256
+MAX_REQUEST_PIXELS = 4 * MAX_PIXELS
 
 # Says in every answer how many frames went through the network together with this request's, or its first ones.
 BATCH_HEADER = "X-Forward-Batch-Size"
@@ -46,6 +54,10 @@ LARGEST_PASS = 32
 # The same for a compiled network, which is compiled for each number of frames up to this one, or up to TorchServe's
 # batch size if that is more. It takes seconds for each.
 LARGEST_COMPILED_PASS = 4
+
+# Of the memory that Pillow takes for a picture. Blocks of its default size, 16 MB, are kept by the C library when a
+# giant is done with: a worker then grows by half a gigabyte. Larger ones go back to the system.
+PILLOW_BLOCK_BYTES = 64 * 2**20
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,31 +78,91 @@ def build_network(name: str, classes: int) -> torch.nn.Module:
     return network
 
 
-def open_picture(image: bytes | bytearray) -> Image.Image:
-    """Return a picture of any mode as RGB, the way up that its EXIF says.
+def open_picture(frame: Any) -> Image.Image:
+    """Return a frame, a file's bytes or its base64 text, as a picture of which only the header has been read.
 
-    Raises ValueError for a giant and for a sliver, and what Pillow raises for what it can't read.
+    Raises ValueError for what is none, for a giant, a sliver, and a JPEG of too many passes.
     """
-    with Image.open(io.BytesIO(image)) as picture:  # It reads no further than the header.
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(f"{width} x {height} pixels, expected a shape of at most {MAX_ASPECT_RATIO} to 1")
-        rgb: Image.Image = picture
-        if picture.mode.startswith("I;16"):
-            # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
-            rgb = picture.point(lambda value: value / 256).convert("L")
-        return ImageOps.exif_transpose(rgb).convert("RGB")
+    if isinstance(frame, bytes | bytearray):
+        image = frame
+    else:
+        try:
+            image = base64.b64decode(frame, validate=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"not a base64 string: {error}") from error
+    try:
+        picture = Image.open(io.BytesIO(image), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not an image: none of {', '.join(FORMATS)} in these {len(image)} bytes") from error
+    except Exception as error:  # Pillow's many decoders raise what they like on broken data.
+        raise ValueError(f"broken image: {error}") from error
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels, expected a shape of at most {MAX_ASPECT_RATIO} to 1")
+    if picture.format in ("JPEG", "MPO") and (scans := image.count(b"\xff\xda")) > MAX_SCANS:
+        raise ValueError(f"a JPEG of {scans} scans, expected at most {MAX_SCANS}")
+    return picture
 
 
-def frames_of(body: Any) -> list[Any]:
-    """Return the frames of a request's body, as they came, or the reason why there are none in it."""
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """Return a picture of any mode, decoded, as RGB and the way up that its EXIF says.
+
+    Raises what Pillow raises for broken data.
+    """
+    if picture.mode.startswith("I;16"):
+        # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
+        picture = picture.point(lambda value: value / 256).convert("L")
+    return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def pictures_of(body: Any, headers: dict[str, Any]) -> list[Image.Image | ValueError]:
+    """Return a request's frames, opened but not decoded, in the place of each that is none the reason why.
+
+    Raises ValueError if it asks for something else or has a body that can't hold frames, OverflowError if it holds more
+    than one request may.
+    """
+    if "True" in (headers.get("explain"), headers.get("describe")):
+        raise ValueError("there are predictions only, nothing is explained or described")
     if isinstance(body, dict) and body:
-        return list(body.values())
-    if isinstance(body, bytes | bytearray):
-        return [body]
-    return [ValueError('expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}')]
+        frames = list(body.values())
+    elif isinstance(body, bytes | bytearray):
+        frames = [body]
+    else:
+        raise ValueError('expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}')
+    if len(frames) > MAX_REQUEST_FRAMES:
+        raise OverflowError(f"{len(frames)} frames, expected at most {MAX_REQUEST_FRAMES} in a request")
+    pictures: list[Image.Image | ValueError] = []
+    pixels = 0
+    for frame in frames:
+        try:
+            picture = open_picture(frame)
+        except ValueError as error:
+            pictures.append(error)
+            continue
+        pictures.append(picture)
+        pixels += picture.width * picture.height
+        if pixels > MAX_REQUEST_PIXELS:
+            raise OverflowError(f"over {MAX_REQUEST_PIXELS:,} pixels in a request, send fewer or smaller frames")
+    return pictures
+
+
+def answer_of(body: Any, results: list[dict[str, Any]]) -> Any:
+    """Return what a request with this body gets. Raises ValueError if it gets no predictions at all."""
+    errors = [result["error"] for result in results if isinstance(result.get("error"), str)]
+    if not isinstance(body, dict):
+        if errors:
+            raise ValueError(errors[0])
+        return results[0]
+    if len(errors) == len(results):
+        raise ValueError(f"none of {len(results)} frames can be read; the first: {errors[0]}")
+    return results
+
+
+def as_error(reason: Exception) -> str:
+    """Return the answer to a refused request, as one line; a dict would be spread over many by TorchServe."""
+    return json.dumps({"error": str(reason)})
 
 
 class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no type information
@@ -98,6 +170,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
 
     def initialize(self, context: Context) -> None:
         """Load network, labels and preprocessing from the archive, once per worker, and warm up."""
+        Image.core.set_block_size(PILLOW_BLOCK_BYTES)  # type: ignore[attr-defined]
         settings = context.model_yaml_config["handler"]
         torch.set_num_threads(settings["threads"])
         gpu = context.system_properties.get("gpu_id")
@@ -162,7 +235,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         """Classify blank frames, so that what takes time only once has happened before the first request comes."""
         with io.BytesIO() as file:
             Image.new("RGB", (640, 480)).save(file, "JPEG")
-            blank = self.crop(open_picture(file.getvalue()))
+            blank = self.crop(upright_rgb(open_picture(file.getvalue())))
         for size in sizes:
             self.inference([blank] * size)
 
@@ -173,59 +246,61 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
 
         Args:
             data: one dict for each request, its body under "body", or under "data" if it came as a form.
-            context: takes status and headers of each answer.
+            context: has the headers of each request, and takes status and headers of each answer.
 
         Returns:
             One answer for each request, in the same order, whatever the request held.
         """
         bodies = [row.get("data", row.get("body")) for row in data]
-        requests = [frames_of(body) for body in bodies]
-        frames = list(chain.from_iterable(requests))
-        results: list[dict[str, Any]] = []
-        shared_by: list[int] = []
-        for start in range(0, len(frames), self.largest_pass):
-            part, shared = self.classify(frames[start : start + self.largest_pass])
-            results += part
-            shared_by += [shared] * len(part)
+        requests: list[list[Image.Image | ValueError] | ValueError | OverflowError] = []
+        for index, body in enumerate(bodies):
+            try:
+                requests.append(pictures_of(body, context.get_all_request_header(index)))
+            except (ValueError, OverflowError) as refusal:
+                requests.append(refusal)
+        frames = list(chain.from_iterable(request for request in requests if isinstance(request, list)))
+        parts = (frames[start : start + self.largest_pass] for start in range(0, len(frames), self.largest_pass))
+        results = chain.from_iterable(map(self.classify, parts))
 
         answers: list[Any] = []
-        first = 0
         for index, (body, request) in enumerate(zip(bodies, requests, strict=True)):
-            answer = results[first : first + len(request)]
-            context.set_response_header(index, BATCH_HEADER, str(shared_by[first]))
-            context.set_response_content_type(index, "application/json")
-            if isinstance(body, dict) and body:
-                answers.append(answer)
-            elif isinstance(answer[0].get("error"), str):
+            shared_by = 0
+            try:
+                if not isinstance(request, list):
+                    raise request
+                found = list(islice(results, len(request)))
+                shared_by = found[0][1]
+                answers.append(answer_of(body, [result for result, _ in found]))
+            except ValueError as refusal:
                 context.set_response_status(400, "Bad Request", index)
-                answers.append(json.dumps(answer[0]))  # A string, since TorchServe spreads a dict over many lines.
-            else:
-                answers.append(answer[0])
-            first += len(request)
+                answers.append(as_error(refusal))
+            except OverflowError as refusal:
+                context.set_response_status(413, "Payload Too Large", index)
+                answers.append(as_error(refusal))
+            context.set_response_header(index, BATCH_HEADER, str(shared_by))
+            context.set_response_content_type(index, "application/json")
+            if "host" not in map(str.lower, context.get_all_request_header(index)):
+                # It came by gRPC, perhaps as a stream; TorchServe drops the worker if such an answer lacks this.
+                context.set_response_header(index, "ts_stream_next", "false")
         return answers
 
-    def classify(self, frames: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
-        """Return the result of each frame, label -> probability or "error" -> reason, and how many shared the pass."""
+    def classify(self, frames: Sequence[Image.Image | ValueError]) -> list[tuple[dict[str, Any], int]]:
+        """Return each frame's result, label -> probability or "error" -> reason, and how many shared its pass."""
         tensors = list(self.decoders.map(self.preprocess, frames))
         good = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
         predictions = iter(self.inference(good) if good else [])
-        return [next(predictions) if isinstance(t, torch.Tensor) else {"error": str(t)} for t in tensors], len(good)
+        results = [next(predictions) if isinstance(t, torch.Tensor) else {"error": str(t)} for t in tensors]
+        return [(result, len(good)) for result in results]
 
-    def preprocess(self, frame: Any) -> torch.Tensor | ValueError:
-        """Return a frame as (3, crop, crop) uint8, or the reason why it is none: a bad frame costs only itself."""
-        if isinstance(frame, ValueError):
-            return frame
-        try:
-            image = frame if isinstance(frame, bytes | bytearray) else base64.b64decode(frame, validate=True)
-        except (TypeError, ValueError) as error:
-            return ValueError(f"not a base64 string: {error}")
+    def preprocess(self, picture: Image.Image | ValueError) -> torch.Tensor | ValueError:
+        """Return a picture as (3, crop, crop) uint8, or the reason why there is none: a bad frame costs only itself."""
+        if isinstance(picture, ValueError):
+            return picture
         try:
             # By Pillow, in several threads. torchvision resizes tensors in a fifth of the time, but rounds otherwise,
             # and other pixels make other answers: EfficientNet-Lite0's probabilities changed by more than 0.001.
-            cropped: torch.Tensor = self.crop(open_picture(image))
+            cropped: torch.Tensor = self.crop(upright_rgb(picture))
             return cropped
-        except UnidentifiedImageError:
-            return ValueError(f"not an image: no known format in these {len(image)} bytes")
         except Exception as error:  # noqa: BLE001 - Pillow's many decoders raise what they like on broken data.
             return ValueError(f"broken image: {error}")
 

@@ -1,11 +1,11 @@
-"""Our handler without TorchServe: for the ceiling, and for other servers with the same model code."""
+"""Our handler without TorchServe: for the ceiling, for other servers with the same model code, and for the tests."""
 
 import json
 import multiprocessing
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +15,8 @@ import yaml
 from ts.context import Context, RequestProcessor
 
 from handler import VideoFrameHandler
+
+HTTP = {"host": "127.0.0.1"}  # a header that every request over HTTP has
 
 
 class Model:
@@ -31,14 +33,14 @@ class Model:
                 file.extractall(folder)
             manifest = json.loads(Path(folder, "MAR-INF", "MANIFEST.json").read_text())
             config = yaml.safe_load(Path(folder, "model-config.yaml").read_text())
-            self._context = Context("resnet-18", folder, manifest, batch_size, None, "0.12.0", model_yaml_config=config)
-            self._handler = VideoFrameHandler()
-            self._handler.initialize(self._context)
+            self.context = Context("resnet-18", folder, manifest, batch_size, None, "0.12.0", model_yaml_config=config)
+            self.handler = VideoFrameHandler()
+            self.handler.initialize(self.context)
 
-    def answers(self, bodies: Sequence[bytes | dict[str, str]]) -> list[Any]:
-        """Return the answer to each request's body, as TorchServe would get it."""
-        self._context.request_processor = [RequestProcessor({}) for _ in bodies]
-        return self._handler.handle([{"body": body} for body in bodies], self._context)
+    def answers(self, bodies: Sequence[Any], headers: Mapping[str, str] = HTTP) -> list[Any]:
+        """Return the answer to each request's body, as TorchServe would get it; statuses are in the context."""
+        self.context.request_processor = [RequestProcessor(dict(headers)) for _ in bodies]
+        return self.handler.handle([{"body": body} for body in bodies], self.context)
 
 
 def _classify(archive: Path, images: Sequence[bytes], commands: "Connection[Any, Any]") -> None:

@@ -29,7 +29,7 @@ from edge.tokens import BearerToken
 CONNECT_TIMEOUT_S = 5.0
 # How long an answer may take: as long as a server of SLOWEST_FPS has to do for all frames in flight, and a bit. With a
 # fixed time, a slow server would drown in requests that are sent again before it comes to them.
-SLOWEST_FPS = 2.0
+SLOWEST_FPS = 3.0
 ANSWER_TIMEOUT_S = 2.0
 SHORTEST_TIMEOUT_S = 5.0
 # max_request_size of TorchServe, unless its configuration says otherwise.
@@ -98,7 +98,7 @@ class TorchServe:
             status_forcelist=TRANSIENT,
             allowed_methods=None,  # any: to classify a frame twice does no harm
             backoff_factor=0.1,
-            backoff_max=2.0,
+            backoff_max=1.0,
             raise_on_status=False,
             respect_retry_after_header=False,  # it may say hours; the deadline is ours
         )
@@ -183,7 +183,7 @@ class TorchServe:
         While the server is away a single one is enough to find out when it is back.
         """
         while True:
-            self._give_up_overdue()
+            self._look_after()
             if self._in_flight.wait_below(1 if self.health.is_told else self._max_in_flight) or self._stop.is_set():
                 return
 
@@ -194,10 +194,7 @@ class TorchServe:
         threads. `instead_of` is the number of a request that was refused as too large.
         """
         retry_until = time.monotonic() + self._patience_s
-        parts = [
-            Request(part, deliver, retry_until, retry_until + 2 * self._timeout_s(len(part)))
-            for part in self._split(frames)
-        ]
+        parts = [Request(part, deliver, retry_until, self._timeout_s(len(part))) for part in self._split(frames)]
         for number, part in self._in_flight.add(parts, instead_of).items():
             self._post(number, part)
 
@@ -205,7 +202,7 @@ class TorchServe:
         """Wait for all results; when `stop` is set, for GRACE_S seconds at most, and the rest has failed."""
         give_up_at = math.inf
         while not self._in_flight.wait_below(1):
-            self._give_up_overdue()
+            self._look_after()
             if self._stop.is_set():
                 give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
             if time.monotonic() >= give_up_at:
@@ -227,11 +224,13 @@ class TorchServe:
             return False
         return bool(response.status_code == requests.codes.ok)
 
-    def _give_up_overdue(self) -> None:
-        """Fail requests whose answers trickle in so slowly that no timeout of the connection ends them.
+    def _look_after(self) -> None:
+        """Tell when no answers come, and fail requests whose answers trickle in for longer than any timeout.
 
         Their threads may be lost for long: what comes after them gets a new session.
         """
+        if silence_s := self._in_flight.silence_s():
+            self.health.bad(f"none for {silence_s:.0f} s")
         if self._in_flight.give_up("no whole answer in time", overdue_only=True):
             self.health.bad("no whole answer in time")
             lost, self._session = self._session, self._open_session(self._patience_s)
@@ -264,7 +263,7 @@ class TorchServe:
             self._predictions,
             data=body,
             headers={"Content-Type": content_type},
-            timeout=(CONNECT_TIMEOUT_S, self._timeout_s(len(request.frames))),
+            timeout=(CONNECT_TIMEOUT_S, request.timeout_s),
             allow_redirects=False,  # A redirected POST would arrive as a GET, without its frames.
         )
         future.add_done_callback(partial(self._answered, number, request))

@@ -1,6 +1,7 @@
 """The requests on their way to the server: how many there may be, and that each of their frames gets one result."""
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,21 @@ POLL_S = 0.5
 
 @dataclass
 class Request:
-    """Frames on their way, and who takes their results. The times are those of time.monotonic(), in seconds."""
+    """Frames on their way, and who takes their results.
+
+    retry_until: when no other attempt is begun any more, time.monotonic() seconds.
+    timeout_s: how long the answer to an attempt may take.
+    """
 
     frames: Sequence[Frame]
     deliver: Callable[[Result], None]
     retry_until: float
-    overdue_at: float
+    timeout_s: float
     is_settled: bool = False
+
+    def is_overdue(self) -> bool:
+        """Whether no timeout of the connection has ended it, though one should have."""
+        return time.monotonic() > self.retry_until + 2 * self.timeout_s
 
 
 class InFlight:
@@ -31,6 +40,7 @@ class InFlight:
         self._numbers = itertools.count()
         self._requests: dict[int, Request] = {}
         self._changed = threading.Condition()
+        self._heard_at = time.monotonic()
 
     def add(self, requests: Sequence[Request], instead_of: int | None = None) -> dict[int, Request]:
         """Add requests; return them by their numbers.
@@ -43,6 +53,8 @@ class InFlight:
                 if replaced is None or replaced.is_settled:
                     return {}
                 del self._requests[instead_of]
+            if not self._requests:
+                self._heard_at = time.monotonic()
             numbered = {next(self._numbers): request for request in requests}
             self._requests.update(numbered)
             return numbered
@@ -54,6 +66,13 @@ class InFlight:
                 self._changed.wait(POLL_S)
             return len(self._requests) < most
 
+    def silence_s(self) -> float:
+        """Return how long none of the requests has been settled, if that is half of what one may take, else 0.0."""
+        with self._changed:
+            silence_s = time.monotonic() - self._heard_at
+            longest_s = max((request.timeout_s for request in self._requests.values()), default=math.inf)
+            return silence_s if silence_s > longest_s / 2 else 0.0
+
     def settle(self, number: int, results: Sequence[Result]) -> None:
         """Deliver a request's results, if there are any, once: it may be given up and answered at the same time."""
         with self._changed:
@@ -61,6 +80,7 @@ class InFlight:
             if not results or request is None or request.is_settled:
                 return
             request.is_settled = True
+            self._heard_at = time.monotonic()
         for result in results:
             request.deliver(result)
         with self._changed:
@@ -73,7 +93,7 @@ class InFlight:
             late = {
                 number: request
                 for number, request in self._requests.items()
-                if not overdue_only or request.overdue_at < time.monotonic()
+                if not overdue_only or request.is_overdue()
             }
         for number, request in late.items():
             self.settle(number, failed(request.frames, error))

@@ -13,8 +13,8 @@ from urllib3.util import Retry
 
 from edge.answers import one_line
 
-# A server that is busy (503, see TorchServe's queue), that lost a worker (500), or a proxy before it.
-TRANSIENT = frozenset({429, 500, 502, 503, 504})
+# A server that is busy (503, see TorchServe's queue), that lost a worker (500, 507), or a proxy before it.
+TRANSIENT = frozenset({429, 500, 502, 503, 504, 507})
 # Shorter troubles are not worth a line.
 NOTICE_AFTER_S = 2.0
 

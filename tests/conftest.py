@@ -1,15 +1,11 @@
 """What the tests share: real archives, real TorchServe nodes, and the project's scripts run as a user runs them."""
 
-import json
-import os
-import re
-import subprocess
-import sys
+import base64
+import io
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,93 +15,18 @@ import numpy.typing as npt
 import pytest
 import requests
 import torch
+from PIL import Image
 from torchvision import models
+from torchvision.models import ResNet18_Weights
 
 from deploy.node import PROJECT, Node, torchserve
 from tests.fake_server import FakeServer
+from tests.scripts import archive
 
 CLIP = PROJECT / "data" / "sample_video.mp4"
+TRANSFORMS = ResNet18_Weights.IMAGENET1K_V1.transforms()
+LABELS = [label.replace(" ", "_") for label in ResNet18_Weights.IMAGENET1K_V1.meta["categories"]]
 CATS = {"tabby", "tiger_cat", "Egyptian_cat"}
-
-
-def run(
-    script: str, *arguments: str | Path, cwd: Path, environment: dict[str, str] | None = None, timeout_s: float = 120
-) -> subprocess.CompletedProcess[str]:
-    """Run one of the project's scripts in a directory, as a user would, whatever it returns."""
-    return subprocess.run(
-        [sys.executable, str(PROJECT / script), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | (environment or {}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-
-
-def archive(*arguments: str | Path, cwd: Path) -> None:
-    """Build an archive, which must succeed."""
-    done = run("create_mar_file.py", *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-
-
-@dataclass(frozen=True)
-class Output:
-    """One output of request.py: the line with the rate, and the answers under it."""
-
-    batch_size: int
-    number: int
-    fps: float
-    answers: list[Any]
-
-
-def outputs(stdout: str) -> list[Output]:
-    """Parse all that request.py printed on standard output; anything that isn't as in the README fails."""
-    found = []
-    decoder = json.JSONDecoder()
-    while stdout:
-        line = re.match(r"With Batch Size (\d+), FPS at frame number (\d+) is (\d+\.\d)\n", stdout)
-        assert line, f"not an output of request.py: {stdout[:200]!r}"
-        stdout = stdout[line.end() :]
-        answers = []
-        while stdout and not stdout.startswith("With"):
-            answer, end = decoder.raw_decode(stdout)
-            assert stdout[:end] == json.dumps(answer, indent=2)
-            answers.append(answer)
-            stdout = stdout[end:].removeprefix("\n")
-        found.append(Output(int(line[1]), int(line[2]), float(line[3]), answers))
-    return found
-
-
-def books(stderr: str) -> dict[str, dict[str, str]]:
-    """Return the table that request.py printed at its end: camera -> column -> cell, and check that it adds up."""
-    lines = stderr.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("camera "))
-    columns = re.split(r" {2,}", lines[start])
-    found = {}
-    for line in lines[start + 1 :]:
-        cells = re.split(r" {2,}", line)
-        if len(cells) != len(columns):
-            break
-        row = dict(zip(columns, cells, strict=True))
-        assert int(row["captured"]) == sum(int(row[name]) for name in ("answered", "failed", "dropped", "expired"))
-        found[row["camera"]] = row
-    return found
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return what --jsonl wrote, and check that every camera's frames are there once and in order."""
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text(encoding="utf-8").splitlines()]
-    numbers: dict[str, list[int]] = {}
-    for line in lines:
-        assert list(line) == ["camera", "frame", "captured_at", "latency_ms", "outcome", "predictions", "error"]
-        assert (line["outcome"] == "answered") == (line["predictions"] is not None) == (line["error"] is None)
-        assert (line["outcome"] == "answered") == (line["latency_ms"] is not None)
-        assert datetime.fromisoformat(line["captured_at"]).utcoffset() == timedelta(0)
-        numbers.setdefault(line["camera"], []).append(line["frame"])
-    for found in numbers.values():
-        assert found == list(range(1, len(found) + 1))
-    return lines
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -131,7 +52,7 @@ def jpeg(frame: npt.NDArray[np.uint8]) -> bytes:
     return cv2.imencode(".jpg", frame)[1].tobytes()
 
 
-def post(node: Node, model: str, body: bytes | dict[str, str], **headers: str) -> requests.Response:
+def post(node: Node, model: str, body: bytes | dict[str, Any], **headers: str) -> requests.Response:
     """Ask a node for predictions, with its token."""
     return requests.post(
         f"{node.url}/predictions/{model}",
@@ -140,6 +61,43 @@ def post(node: Node, model: str, body: bytes | dict[str, str], **headers: str) -
         headers={"Authorization": f"Bearer {node.token()}"} | headers,
         timeout=60,
     )
+
+
+def together(node: Node, requests_: Sequence[tuple[bytes | dict[str, Any], dict[str, str]]]) -> list[requests.Response]:
+    """Send four requests at once to a node that waits until it has all of them; each is a body and headers."""
+    assert len(requests_) == 4
+    with ThreadPoolExecutor(4) as threads:
+        return list(threads.map(lambda request: post(node, "resnet-18", request[0], **request[1]), requests_))
+
+
+def as_json(*images: bytes) -> dict[str, Any]:
+    """Return a JSON batch."""
+    return {str(index): base64.b64encode(image).decode() for index, image in enumerate(images)}
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """Return a picture as a file of some format."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def reference(network: torch.nn.Module, picture: Image.Image) -> torch.Tensor:
+    """Return what torchvision's own preprocessing and the network make of a picture: (1000,) probabilities."""
+    with torch.inference_mode():
+        probabilities: torch.Tensor = network(TRANSFORMS(picture)[None]).softmax(1)[0]
+    return probabilities
+
+
+def assert_equals_reference(answer: dict[str, float], expected: torch.Tensor) -> None:
+    """The same top five, in descending order, each within 1e-3."""
+    values = list(answer.values())
+    assert values == sorted(values, reverse=True)
+    top = expected.topk(5)
+    assert next(iter(answer)) == LABELS[int(top.indices[0])]
+    assert values == pytest.approx(top.values.tolist(), abs=1e-3)
+    for label, value in answer.items():
+        assert value == pytest.approx(expected[LABELS.index(label)].item(), abs=1e-3)
 
 
 def random_resnet18(classes: int) -> torch.nn.Module:
@@ -177,6 +135,21 @@ def batch_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     folder = tmp_path_factory.mktemp("batch_node")
     archive("--model", "efficientnet-lite0", "--client-batching", cwd=folder)
     with torchserve(folder, ["efficientnet-lite0"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gathering_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """One worker that waits a minute for four requests, and a head of three classes of the user's own."""
+    folder = tmp_path_factory.mktemp("gathering")
+    torch.save(random_resnet18(3).state_dict(), folder / "weights.pth")
+    # As some editors write it: with a byte order mark, Windows' line ends, and space where nobody sees it.
+    (folder / "labels.txt").write_bytes("\ufeffKäse\r\nham and eggs \r\nbread\r\n\r\n".encode())
+    archive("--weights", "weights.pth", "--labels", "labels.txt", cwd=folder)
+    config = (PROJECT / "config.properties").read_text()
+    one_patient_worker = '"minWorkers": 1, "maxWorkers": 1, "maxBatchDelay": 60000'
+    assert '"maxBatchDelay": 5' in config
+    with torchserve(folder, ["resnet-18"], config.replace('"maxBatchDelay": 5', one_patient_worker)) as running:
         yield running
 
 

@@ -1,6 +1,7 @@
 """An IP camera for the tests: MJPEG over HTTP on 127.0.0.1."""
 
 import http.server
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,12 +9,14 @@ from typing import Any, Literal
 
 from deploy.node import free_ports
 
+Mode = Literal["streaming", "cut", "stalled", "mute", "garbage"]
+
 
 class MjpegCamera(http.server.ThreadingHTTPServer):
     """Streams `pictures`, JPEG-encoded, over and over, `fps` a second, to whoever connects.
 
     mode: "streaming"; "cut": streams end, and no new ones begin; "stalled": streams stay open without pictures;
-        "mute": connections are taken, and nothing is ever answered.
+        "mute": connections are taken, and nothing is ever answered; "garbage": pictures are torn, or none at all.
     """
 
     daemon_threads = True
@@ -23,7 +26,7 @@ class MjpegCamera(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), MjpegHandler)
         self.pictures = pictures
         self.fps = fps
-        self.mode: Literal["streaming", "cut", "stalled", "mute"] = "streaming"
+        self.mode: Mode = "streaming"
         self.url = f"http://127.0.0.1:{port}/live"
         self.streams = 0  # begun so far
         self.closing = threading.Event()
@@ -47,11 +50,13 @@ class MjpegHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
         self.end_headers()
         number = 0
-        while camera.mode in ("streaming", "stalled") and not camera.closing.wait(1 / camera.fps):
+        while camera.mode in ("streaming", "stalled", "garbage") and not camera.closing.wait(1 / camera.fps):
             if camera.mode == "stalled":
                 continue
             picture = camera.pictures[number % len(camera.pictures)]
             number += 1
+            if camera.mode == "garbage":
+                picture = [picture[: len(picture) // 3], os.urandom(5000), b"", b"busy"][number % 4]
             self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\n")
             self.wfile.write(b"Content-Length: %d\r\n\r\n%b\r\n" % (len(picture), picture))
 

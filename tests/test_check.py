@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from deploy.node import Node, free_ports
-from tests.conftest import CATS, CLIP, frames_of, jpeg, run
+from tests.conftest import CATS, CLIP, frames_of, jpeg
 from tests.fake_server import FakeServer
+from tests.scripts import run
 
 MODEL = ["--model", "efficientnet-lite0"]
 

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from deploy import node
-from tests.conftest import CATS, archive, outputs
+from tests.conftest import CATS
+from tests.scripts import archive, outputs
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses signals and scripts of Unix")
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import itertools
 import os
 import pty
 import random
@@ -15,86 +14,26 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pytest
 
 from deploy.node import PROJECT, Node, free_ports, torchserve
-from tests.conftest import CLIP, archive, books, frames_of, jpeg, json_lines, outputs, run, wait_until
+from tests.conftest import CLIP, frames_of, jpeg, wait_until
 from tests.fake_server import FakeServer
 from tests.mjpeg_camera import mjpeg_camera
+from tests.scripts import MODEL, archive, books, json_lines, longest_gap, outputs, run, running
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-
-MODEL = ["--model", "efficientnet-lite0"]
 
 
 @pytest.fixture(scope="module")
 def pictures(clip: list[npt.NDArray[np.uint8]]) -> list[bytes]:
     """The clip in small, as a camera would send it."""
     return [jpeg(np.asarray(cv2.resize(frame, (320, 240)), np.uint8)) for frame in clip]
-
-
-class Run:
-    """A request.py that runs, with its outputs in files."""
-
-    def __init__(self, process: psutil.Popen, folder: Path) -> None:
-        self.process = process
-        self.output = folder / "out.jsonl"
-        self._errors = folder / "errors"
-
-    def lines(self) -> int:
-        return self.output.read_bytes().count(b"\n") if self.output.exists() else 0
-
-    def stderr(self) -> str:
-        return self._errors.read_text()
-
-    def end(self, number: signal.Signals = signal.SIGINT) -> dict[str, dict[str, str]]:
-        """Interrupt it; return its books, which must be those of its JSON lines."""
-        self.process.send_signal(number)
-        assert self.process.wait(timeout=40) == 130, self.stderr()
-        found = books(self.stderr())
-        lines = json_lines(self.output)
-        for camera, book in found.items():
-            for outcome in ("answered", "failed", "dropped", "expired"):
-                count = len([line for line in lines if line["camera"] == camera and line["outcome"] == outcome])
-                assert count == int(book[outcome])
-        return found
-
-
-@contextmanager
-def running(node: Node | FakeServer, folder: Path, *arguments: str | Path) -> Iterator[Run]:
-    """Run request.py until the block ends."""
-    command = [sys.executable, str(PROJECT / "request.py"), "--url", node.url, "--quiet"]
-    command += ["--jsonl", str(folder / "out.jsonl"), *map(str, arguments)]
-    if isinstance(node, Node):
-        command += [*MODEL, "--token-file", str(node.folder / "key_file.json")]
-    with (folder / "errors").open("w") as errors:
-        process = psutil.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
-        try:
-            yield Run(process, folder)
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-
-def longest_gap(lines: list[dict[str, Any]], camera: str) -> float:
-    """Return the longest time in seconds between the captures of two answered frames."""
-    times = [
-        datetime.fromisoformat(line["captured_at"])
-        for line in lines
-        if line["camera"] == camera and line["outcome"] == "answered"
-    ]
-    return max((after - before).total_seconds() for before, after in itertools.pairwise(times))
 
 
 def test_a_dead_camera_leaves_the_others_alone(node: Node, pictures: list[bytes], tmp_path: Path) -> None:
@@ -186,7 +125,7 @@ def test_server_that_is_slower_than_the_cameras(node: Node, pictures: list[bytes
 
 def test_live_camera_outlives_its_server(tmp_path: Path, pictures: list[bytes]) -> None:
     """While the server is away the camera is read on, and its frames are dropped; then they are answered again."""
-    archive(*MODEL, cwd=tmp_path)
+    archive("--model", MODEL, cwd=tmp_path)
     ports = free_ports(6)
     with mjpeg_camera(pictures, fps=10) as camera:
         with torchserve(tmp_path, ["efficientnet-lite0"], ports=ports) as node:

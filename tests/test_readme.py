@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from deploy.node import PROJECT, java_environment
-from tests.conftest import CATS, Output, frames_of, jpeg, json_lines, outputs
+from tests.conftest import CATS, frames_of, jpeg
+from tests.scripts import ISOLATED, Output, is_isolation_possible, json_lines, outputs
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 HERE = "examples/image_classifier/near_real_time_video"
@@ -31,9 +32,6 @@ COMMANDS_THAT_STAY = [
     f"python {HERE}/request.py --client-batching --batch_size 10",
     f"python {HERE}/request.py --client-batching --batch_size 10 --input 0",
 ]
-# The commands use TorchServe's own ports and process file, which a user's TorchServe may be using: give them a network
-# and processes of their own, which end with the first of them.
-ISOLATED = ["unshare", "--net", "--pid", "--mount", "--map-root-user", "--fork", "--mount-proc", "--kill-child"]
 DESCRIBE = (
     'curl --fail --silent http://127.0.0.1:8081/models/resnet-18 -H "Authorization: Bearer $(python -c '
     '\'import json; print(json.load(open("key_file.json"))["management"]["key"])\')"'
@@ -103,13 +101,6 @@ def type_in(lines: list[str], folder: Path, environment: dict[str, str]) -> list
     if done.returncode:
         pytest.fail(f"{lines[len(printed) - 1]}\n{printed[-1].with_suffix('.err').read_text()}")
     return [path.read_text() for path in printed]
-
-
-def is_isolation_possible() -> bool:
-    try:
-        return subprocess.run([*ISOLATED, "ip", "link", "set", "lo", "up"], capture_output=True).returncode == 0
-    except OSError:
-        return False
 
 
 @pytest.mark.skipif(not is_isolation_possible(), reason="needs Linux namespaces: unshare and ip")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from deploy.node import PROJECT, Node, free_ports
-from tests.conftest import CATS, CLIP, books, frames_of, jpeg, outputs, post, run, wait_until
+from tests.conftest import CATS, CLIP, frames_of, jpeg, post, wait_until
 from tests.fake_server import FakeServer
+from tests.scripts import books, outputs, run
 
 MODEL = ["--model", "efficientnet-lite0"]
 

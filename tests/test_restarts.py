@@ -13,7 +13,8 @@ import pytest
 import requests
 
 from deploy.node import PROJECT, Node, free_ports, torchserve
-from tests.conftest import archive, books, json_lines, run, wait_until
+from tests.conftest import wait_until
+from tests.scripts import archive, books, json_lines, run
 
 MODEL = "efficientnet-lite0"
 

@@ -20,7 +20,8 @@ from deploy.node import PROJECT, Node
 from edge.cameras import Camera, Frame
 from edge.sinks import JsonLines, SinkError, Terminal, Video, annotated
 from edge.stats import Books, Latencies, Rate, Result, table
-from tests.conftest import CLIP, books, frames_of, jpeg, outputs, run, wait_until
+from tests.conftest import CLIP, frames_of, jpeg, wait_until
+from tests.scripts import books, outputs, run
 
 FILE = Camera(str(CLIP))
 LIVE = Camera("rtsp://admin:hunter2@cam/live?channel=1")

@@ -1,0 +1,314 @@
+"""handler.py against broken and hostile requests: each costs only its sender, and hears what is wrong with it."""
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pytest
+import requests
+import skimage.data
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deploy.node import PROJECT, Node
+from handler import MAX_REQUEST_FRAMES, MAX_SCANS
+from tests.conftest import as_json, encoded, jpeg, post
+from tests.fuzz_handler import Subject, assert_harmless, seeds
+from tests.scripts import archive
+
+HEADER = "X-Forward-Batch-Size"
+CAT = Image.fromarray(skimage.data.chelsea())
+
+
+def many_scans(size: int, scans: int) -> bytes:
+    """Return a progressive JPEG that goes over its picture so many times more; 60 bytes each."""
+    image = encoded(Image.new("L", (size, size)), "JPEG", progressive=True)
+    last = image[image.rindex(b"\xff\xda") : -2]
+    return image[:-2] + scans * last + image[-2:]
+
+
+# Bodies, and what is said of them. The half of a JPEG that its sender did not finish, a picture of 900 megapixels in
+# 110 KB, one of 36 megapixels that takes Pillow minutes, and so on.
+BAD_FRAMES = {
+    "empty": (b"", "not an image: none of JPEG, PNG, WEBP, BMP, GIF in these 0 bytes"),
+    "text": (b"this is no image", "not an image"),
+    "zeros": (bytes(100_000), "not an image"),
+    "truncated": (encoded(CAT, "JPEG")[:9000], "broken image: image file is truncated"),
+    "header only": (encoded(CAT, "PNG")[:40], "not an image"),
+    "sliver": (encoded(Image.new("L", (1, 65_000)), "PNG"), "1 x 65000 pixels, expected a shape of at most 32 to 1"),
+    "giant": (encoded(Image.new("1", (10_000, 10_000)), "PNG"), "10000 x 10000 pixels, expected at most 33,177,600"),
+    "bomb": (encoded(Image.new("1", (30_000, 30_000)), "PNG"), "900000000 pixels"),
+    "scans": (many_scans(5_700, 20_000), "scans, expected at most 32"),
+    "program": (encoded(CAT.resize((40, 30)), "EPS"), "not an image"),
+    "unusual": (encoded(CAT, "TIFF"), "not an image"),
+}
+NO_BATCH = "expected an image, or a JSON object of base64-encoded images"
+BAD_JSON = {
+    "list": ("[1, 2]", NO_BATCH),
+    "number": ("17", NO_BATCH),
+    "null": ("null", NO_BATCH),
+    "string": ('"text"', NO_BATCH),
+    "no frames": ("{}", NO_BATCH),
+    "long list": (json.dumps([1] * 1_000_000), NO_BATCH),
+    "broken": ('{"0": ', "not an image"),
+    "nothing": ("", "not an image"),
+    "deep": ("[" * 1_000_000, "not an image"),
+    "deep object": ('{"0":' * 100_000 + "1" + "}" * 100_000, "not an image"),
+    "long number": ('{"0": ' + "1" * 1_000_000 + "}", "not an image"),
+    "numbers": ('{"0": 5, "1": NaN}', "none of 2 frames can be read; the first: not a base64 string"),
+    "nested": ('{"0": {"1": "QQ=="}}', "not a base64 string"),
+    "no base64": ('{"0": "%%%"}', "not a base64 string"),
+    "no ASCII": ('{"0": "\\u00df\\ud800"}', "not a base64 string"),
+    "huge string": (json.dumps({"0": "A" * 6_000_000}), "not an image"),
+    "no image": ('{"0": "QQ=="}', "not an image: none of JPEG, PNG, WEBP, BMP, GIF in these 1 bytes"),
+}
+EXCESSES = {
+    "thousands of frames": (json.dumps(as_json(*[encoded(CAT.resize((8, 8)), "JPEG")] * 5000)), "5000 frames"),
+    "thousands of nothings": (json.dumps({str(i): 0 for i in range(500_000)}), "500000 frames, expected at most 256"),
+    "giants": (
+        json.dumps(as_json(*[encoded(Image.new("1", (5_700, 5_700)), "PNG")] * 5)),
+        "over 132,710,400 pixels in a request",
+    ),
+}
+JSON = {"Content-Type": "application/json"}
+IMAGE = {"Content-Type": "image/jpeg"}
+
+
+def hostile() -> Iterator[Any]:
+    """Yield requests: path, body, headers, and the status and reason that they must get."""
+    for name, (frame, reason) in BAD_FRAMES.items():
+        yield pytest.param("predictions", frame, IMAGE, 400, reason, id=name)
+        yield pytest.param("predictions", frame, {}, 400, reason, id=f"{name}, of no type")
+    for name, (text, reason) in BAD_JSON.items():
+        yield pytest.param("predictions", text.encode(), JSON, 400, reason, id=f"JSON: {name}")
+    for name, (text, reason) in EXCESSES.items():
+        yield pytest.param("predictions", text.encode(), JSON, 413, reason, id=f"JSON: {name}")
+    good, only = encoded(CAT, "JPEG"), "there are predictions only"
+    yield pytest.param("predictions", good, {"describe": "True"}, 400, only, id="describe")
+    yield pytest.param("predictions", good, {"explain": "True"}, 200, "", id="explain")
+    yield pytest.param("explanations", good, IMAGE, 400, only, id="explanations")
+    yield pytest.param("predictions", good, JSON, 200, "", id="image that calls itself JSON")
+    yield pytest.param("predictions", good, {"Content-Type": "text/plain; charset=x"}, 200, "", id="calls itself text")
+    yield pytest.param("predictions", b"words", {"Content-Type": "text/plain"}, 400, NO_BATCH, id="text")
+    yield pytest.param("predictions", b"\xff\xfe{}", JSON | {"X": "\xe4 " * 900}, 400, "not an image", id="odd headers")
+    yield pytest.param("predictions", good, {"Content-Type": ";;;=", "X-Empty": ""}, 200, "", id="odd content type")
+    yield pytest.param("predictions", good, {"ts_stream_next": "true", "data": "x"}, 200, "", id="TorchServe's headers")
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    yield pytest.param("predictions", b"a=1&body=2", form, 400, "not an image", id="form")
+    yield pytest.param("predictions", b"a=1&b=2", form, 400, NO_BATCH, id="form without a frame")
+    boundary = {"Content-Type": "multipart/form-data; boundary=x"}
+    parts = b'--x\r\nContent-Disposition: form-data; name="%b"; filename="f"\r\nContent-Type: image/jpeg\r\n\r\n%b\r\n'
+    yield pytest.param(
+        "predictions", parts % (b"data", b"none") + b"--x--\r\n", boundary, 400, "not an image", id="part"
+    )
+    other = parts % (b"other", good) + b"--x--\r\n"
+    yield pytest.param("predictions", other, boundary, 400, NO_BATCH, id="part of another name")
+
+
+def send(node: Node, path: str, body: bytes, headers: dict[str, str]) -> requests.Response:
+    """Ask a node for something, with its token."""
+    headers = {"Authorization": f"Bearer {node.token()}"} | headers
+    return requests.post(f"{node.url}/{path}/resnet-18", data=body, headers=headers, timeout=60)
+
+
+def workers(node: Node) -> dict[int, psutil.Process]:
+    return {worker["pid"]: psutil.Process(worker["pid"]) for worker in node.describe("resnet-18")["workers"]}
+
+
+@pytest.mark.parametrize(("path", "body", "headers", "status", "reason"), list(hostile()))
+def test_hostile_request_costs_only_itself(
+    gathering_node: Node,
+    clip: list[npt.NDArray[np.uint8]],
+    path: str,
+    body: bytes,
+    headers: dict[str, str],
+    status: int,
+    reason: str,
+) -> None:
+    """It is in one batch with three good requests, which get their answers."""
+    before = workers(gathering_node).keys()
+    images = [jpeg(clip[0]), jpeg(clip[100])]
+    both = json.dumps(as_json(*images)).encode()
+    requests_ = [(path, body, headers), ("predictions", images[0], {}), ("predictions", both, JSON)]
+    requests_.append(("predictions", images[1], {}))
+    with ThreadPoolExecutor(4) as threads:
+        response, first, batch, second = threads.map(lambda request: send(gathering_node, *request), requests_)
+    assert [first.status_code, batch.status_code, second.status_code] == [200] * 3
+    assert batch.json() == [pytest.approx(first.json()), pytest.approx(second.json())]
+    assert first.json() != pytest.approx(second.json(), abs=1e-3)
+    assert int(first.headers[HEADER]) in (4, 5), "they were not in one batch"
+
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    if status == 200:
+        assert len(response.json()) == 3
+    else:
+        assert response.text.isascii()
+        assert len(response.text.splitlines()) == 1
+        assert response.json().keys() == {"error"}
+        assert reason in response.json()["error"]
+        assert_harmless(response.json()["error"])
+    assert workers(gathering_node).keys() == before
+
+
+def test_bad_frames_of_a_json_batch_cost_only_themselves(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
+    good = [jpeg(clip[0]), jpeg(clip[100])]
+    batch = as_json(good[0], *(frame for frame, _ in BAD_FRAMES.values()), good[1])
+    batch |= {"not base64": "%%%", "number": 5, "null": None, "list": ["QQ=="], "non-ascii": "ß"}
+    response = post(node, "resnet-18", batch)
+    assert response.status_code == 200
+    answers = response.json()
+    assert len(answers) == len(batch)
+    alone = post(node, "resnet-18", as_json(*good)).json()
+    position_of_last_good = 1 + len(BAD_FRAMES)
+    assert [answers[0], answers[position_of_last_good]] == [pytest.approx(answer, abs=1e-5) for answer in alone]
+    for answer, (_, reason) in zip(answers[1:], BAD_FRAMES.values(), strict=False):
+        assert reason in answer["error"]
+    assert all(answer["error"].startswith("not a base64 string") for answer in answers[-5:])
+    assert response.headers[HEADER] == "2"
+
+
+def test_as_many_frames_as_a_request_may_hold(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
+    images = [encoded(Image.fromarray(frame).resize((64, 48)), "JPEG") for frame in clip[:MAX_REQUEST_FRAMES]]
+    answers = post(node, "resnet-18", as_json(*images))
+    assert answers.status_code == 200
+    assert len(answers.json()) == MAX_REQUEST_FRAMES
+    for number in (0, 100, MAX_REQUEST_FRAMES - 1):
+        assert answers.json()[number] == pytest.approx(post(node, "resnet-18", images[number]).json(), abs=1e-4)
+    assert post(node, "resnet-18", as_json(*images, images[0])).status_code == 413
+
+
+def test_jpeg_of_as_many_scans_as_it_may_have_is_a_frame(node: Node) -> None:
+    image = many_scans(500, 0)
+    scans = image.count(b"\xff\xda")
+    assert 3 < scans < MAX_SCANS / 2
+    assert post(node, "resnet-18", many_scans(500, MAX_SCANS - scans)).status_code == 200
+    assert post(node, "resnet-18", many_scans(500, MAX_SCANS - scans + 1)).status_code == 400
+
+
+def test_memory_stays_flat(node: Node) -> None:
+    """The largest that is taken or refused, over and over: the worker gives back what it took."""
+    large = [encoded(Image.new("RGB", (7680, 4320), "red"), kind) for kind in ("PNG", "WEBP")]
+    bodies = [(image, IMAGE) for image in large]
+    bodies += [(text.encode(), JSON) for text, _ in [*BAD_JSON.values(), *EXCESSES.values()]]
+    members = workers(node)
+
+    def memory() -> list[float]:
+        with ThreadPoolExecutor(4) as threads:
+            statuses = threads.map(lambda body: send(node, "predictions", *body).status_code, bodies * 2)
+        assert set(statuses) == {200, 400, 413}
+        return [member.memory_info().rss / 1e6 for member in members.values()]
+
+    before = memory()
+    after = [memory() for _ in range(3)][-1]
+    assert workers(node).keys() == members.keys()
+    assert max(now - then for then, now in zip(before, after, strict=True)) < 100
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Subject]:
+    threads = torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("subject")
+    archive("--weights", weights, cwd=folder)
+    yield Subject(folder / "model_store" / "resnet-18.mar")
+    torch.set_num_threads(threads)
+
+
+@st.composite
+def changed_files(draw: st.DrawFn) -> bytes:
+    """A file of some format, a few of its bytes changed, cut off or doubled."""
+    file = bytearray(draw(st.sampled_from(seeds())))
+    for _ in range(draw(st.integers(0, 8))):
+        place = draw(st.integers(0, len(file) - 1))
+        file[place] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]) | st.integers(0, 255))
+    start, end = sorted([draw(st.integers(0, len(file))), draw(st.integers(0, len(file)))])
+    match draw(st.sampled_from(["whole", "cut", "end", "doubled"])):
+        case "cut":
+            del file[end:]
+        case "end":
+            del file[:start]
+        case "doubled":
+            file[start:start] = file[start:end]
+    return bytes(file)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+FRAMES = st.binary() | changed_files()
+BATCHES = st.dictionaries(st.text(), JSON_VALUES | FRAMES.map(lambda file: base64.b64encode(file).decode()))
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(body=FRAMES.map(bytearray) | JSON_VALUES | BATCHES)
+def test_any_body_costs_only_itself(subject: Subject, body: Any) -> None:
+    subject.try_body(body)
+
+
+def test_fuzzing_reaches_the_decoders(subject: Subject) -> None:
+    """What the seeds themselves get: else the fuzzers would stay at the door."""
+    found = [subject.try_body(bytearray(file)) for file in seeds()]
+    assert found.count("answered") == 6
+    assert len([reason for reason in found if reason.startswith("not an image")]) == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="atheris has no wheel for it")
+def test_atheris_finds_no_body_that_hurts(tmp_path: Path, weights: Path) -> None:
+    archive("--weights", weights, cwd=tmp_path)
+    mar = tmp_path / "model_store" / "resnet-18.mar"
+    command = [sys.executable, "-m", "tests.fuzz_handler", str(mar), "-runs=5000", "-max_len=4096", "-seed=5"]
+    command += [f"-artifact_prefix={tmp_path}/", "-rss_limit_mb=4000"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done 5000 runs" in done.stderr
+
+
+def test_random_bodies_through_the_server(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
+    """Three clients send random bodies as anything; a fourth sends frames and gets all its answers."""
+    before = workers(node)
+    images = [jpeg(frame) for frame in clip[::50]]
+    expected = [post(node, "resnet-18", image).json() for image in images]
+    chance = np.random.default_rng(5)
+    files = seeds()
+    bodies = []
+    for number in range(300):
+        file = bytearray(files[number % len(files)])
+        for place in chance.integers(0, len(file), 6):
+            file[place] = chance.integers(256)
+        kinds = [bytes(file[: chance.integers(1, len(file))]), json.dumps(as_json(bytes(file))).encode(), bytes(file)]
+        types = ["image/jpeg", "application/json", "text/plain", "multipart/form-data; boundary=a", "*"]
+        bodies.append((kinds[number % 3], {"Content-Type": types[number % 5]}))
+    is_over = threading.Event()
+    wrong: list[Any] = []
+
+    def good_client() -> int:
+        count = 0
+        while not is_over.is_set():
+            answer = send(node, "predictions", images[count % len(images)], IMAGE)
+            if answer.status_code != 200 or answer.json() != pytest.approx(expected[count % len(images)], abs=1e-4):
+                wrong.append((answer.status_code, answer.text))
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as threads:
+        good = threads.submit(good_client)
+        try:
+            responses = list(threads.map(lambda body: send(node, "predictions", *body), bodies))
+        finally:
+            is_over.set()
+        assert good.result(timeout=60) > 20
+    assert wrong == []
+    assert {response.status_code for response in responses} == {200, 400}
+    assert workers(node).keys() == before.keys()
