@@ -1,5 +1,6 @@
 # Everything from a fresh clone; needs Python 3.10 or newer, and make.
 PYTHON ?= python3
+MINUTES ?= 10
 
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
@@ -7,14 +8,14 @@ else
 BIN := .venv/bin
 endif
 
-.PHONY: demo test lint bench video diagrams clean
+.PHONY: demo test lint bench soak video diagrams clean
 .DELETE_ON_ERROR:
 
 demo: .venv/server  ## both recipes on the sample clip
 	$(BIN)/python -m deploy.demo
 
 test: .venv/dev  ## the tests, against a real TorchServe
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/dev
 	$(BIN)/ruff check
@@ -23,6 +24,9 @@ lint: .venv/dev
 
 bench: .venv/bench  ## benchmarks/README.md anew; half an hour and 12 GB of memory
 	$(BIN)/python -m benchmarks.run
+
+soak: .venv/dev  ## four cameras and a fault every 20 seconds: make soak MINUTES=10
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 video: .venv/dev  ## data/sample_video.mp4 anew
 	$(BIN)/python data/make_sample_video.py

@@ -1,5 +1,6 @@
 """What machines and networks do to a running system: faults that begin, last and end, for the tests and the soak."""
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ SINGLE, BATCHED = "resnet-18", "efficientnet-lite0"
 FLAGS = {SINGLE: [], BATCHED: ["--client-batching"]}
 # Enough for what request.py has in flight, 16 single frames, and too little for a flood beside it.
 QUEUE, FLOOD = 20, 80
-KILL_PAUSE_S = 2.5
+KILL_PAUSE_S = 2.0
 
 
 class Site:
@@ -93,14 +94,15 @@ def resources(process: psutil.Process) -> dict[str, int]:
 
 @contextmanager
 def workers_killed(site: Site) -> Iterator[None]:
-    """One worker of each model after the other."""
+    """One after the other, of the models in turns, so that all are killed sooner than TorchServe starts new ones."""
     is_over = threading.Event()
 
     def kill() -> None:
-        while not is_over.wait(KILL_PAUSE_S):
-            for model in (SINGLE, BATCHED):
-                for worker in site.workers(model)[:1]:
-                    worker.kill()
+        for model in itertools.cycle((SINGLE, BATCHED)):
+            if is_over.wait(KILL_PAUSE_S):
+                return
+            for worker in site.workers(model)[:1]:
+                worker.kill()
 
     with ThreadPoolExecutor(1) as thread:
         killer = thread.submit(kill)

@@ -43,7 +43,10 @@ def recovery_s(request: Run, camera: str, since: float) -> float:
 
 
 def say(*columns: object) -> None:
-    print(*(str(column).ljust(width) for column, width in zip(columns, (22, 10, 14, 14), strict=False)), flush=True)
+    widths = (23, 15, 20, 16, 14)
+    print(
+        "".join(str(column).ljust(width) for column, width in zip(columns, widths, strict=False)).rstrip(), flush=True
+    )
 
 
 def main() -> int:
@@ -101,8 +104,8 @@ def main() -> int:
             for index, (camera, book) in enumerate(found.items(), start=number + 1):
                 lost = f"{book['failed']} / {int(book['dropped']) + int(book['expired'])}"
                 gap = longest_gap(lines, camera)
-                print(f"{index} ({'JSON batches' if number else 'single frames'})".ljust(23), end="")
-                print(f"{book['captured']:11}{book['answered']:15}{lost:17}{gap:.1f}")
+                name = f"{index} ({'JSON batches' if number else 'single frames'})"
+                say(name, book["captured"], book["answered"], lost, f"{gap:.1f}")
                 if book["failed"] != "0":
                     problems.append(f"camera {index}: {book['failed']} frames failed")
         injected = sum(map(len, recoveries.values()))
@@ -111,10 +114,10 @@ def main() -> int:
         for name, each in sorted(recoveries.items()):
             say(f"  {name}", f"{statistics.median(each):.1f}", f"{max(each):.1f}")
         print()
-        say("at start -> at end", *runs)
+        say("at start -> at end", "single frames", "JSON batches")
         for what, most in MOST.items():
             pairs = [(before[model][what], after[model][what]) for model in runs]
-            say(what, *(f"{old} -> {new}".ljust(13) for old, new in pairs))
+            say(what, *(f"{old} -> {new}" for old, new in pairs))
             problems += [f"{what} grew from {old} to {new}" for old, new in pairs if new > old + most]
         print(f"TorchServe, with its workers: {server_before:.0f} MB -> {server_after:.0f} MB")
         if server_after > 1.2 * server_before:

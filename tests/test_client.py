@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ def ask(server: TorchServe, *requests: list[Frame]) -> list[Result]:
     return sorted(results, key=lambda result: result.frame.number)
 
 
+PASSING_TROUBLE = ["429", "500", "502", "503", "504", "507", "half an answer", "stalls", "closes", "resets"]
 PICTURES = [b"one", b"two", b"three", b"four", b"five"]
 
 
@@ -83,7 +85,7 @@ def assert_all_answered(results: list[Result]) -> None:
 
 @pytest.mark.parametrize(
     "fake",
-    [f"first {what}" for what in ("429", "500", "502", "503", "504", "half an answer", "stalls", "closes", "resets")],
+    [f"first {what}" for what in PASSING_TROUBLE],
     indirect=True,
 )
 @pytest.mark.parametrize("as_json", [False, True], ids=["single", "json"])
@@ -245,6 +247,23 @@ def test_silence_is_tried_again_and_given_up(
     assert result.outcome == "failed"
     assert "timed out" in str(result.error)
     assert fake.frames_asked >= 2
+
+
+@pytest.mark.parametrize("fake", ["silent"], indirect=True)
+def test_silence_is_told_before_a_timeout_ends_it(
+    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 8.0)
+    monkeypatch.setattr("edge.retries.NOTICE_AFTER_S", 0.5)
+    with session(fake.url, stop) as server:
+        server.wait_until_ready(60.0)
+        time.sleep(4.5)  # in which nothing is asked, so that nothing is missing
+        server.ask(frames(PICTURES[:1]), print)
+        threading.Timer(6.0, stop.set).start()
+        server.finish()
+    assert fake.frames_asked == 1
+    [lost] = [record.message for record in caplog.records if record.name.startswith("edge")]
+    assert re.search(r"gives no answers \(none for [4-6] s\)", lost)
 
 
 @pytest.mark.parametrize("fake", ["trickle"], indirect=True)

@@ -94,7 +94,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iter
 
 def type_in(lines: list[str], folder: Path, environment: dict[str, str]) -> list[str]:
     """Type commands, each of which must succeed; return what each printed on standard output."""
-    steps = [f"({line}) > {number}.out 2> {number}.err" for number, line in enumerate(lines)]
+    steps = [f"{{ {line}\n}} > {number}.out 2> {number}.err" for number, line in enumerate(lines)]
     script = "\n".join(["set -e", "ip link set lo up", *steps])
     done = subprocess.run([*ISOLATED, "bash", "-c", script], cwd=folder, env=environment, timeout=400, check=False)
     printed = [folder / f"{number}.out" for number in range(len(lines)) if (folder / f"{number}.out").exists()]
@@ -107,13 +107,13 @@ def type_in(lines: list[str], folder: Path, environment: dict[str, str]) -> list
 def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: Any) -> None:
     (workplace / "frame.jpg").write_bytes(jpeg(clip[0]))
     build, start, stream, stop = commands("TorchServe batches")
-    build_2, start_2, stream_2, stream_10, stop_2 = commands("The client batches")
+    configure, build_2, start_2, stream_2, stream_10, stop_2 = commands("The client batches")
     (curl,) = commands("How it works")
     (renew,) = commands("When something is wrong")
     keys = "cat key_file.json"
     (check,), (write,) = commands("Cameras"), commands("Where answers go")
     first = [build, start, stream, DESCRIBE, curl, keys, renew, keys, curl, "ss -ltnH", check, write, stop]
-    second = [build_2, start_2, stream_2, DESCRIBE, stream_10, stop_2]
+    second = [configure, build_2, start_2, stream_2, DESCRIBE, stream_10, keys, "ss -ltnH", stop_2]
     printed = type_in(first + second, workplace, environment)
 
     frames, description, answer = outputs(printed[2]), json.loads(printed[3])[0], json.loads(printed[4])
@@ -124,21 +124,30 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     old, new = (json.loads(printed[step])["inference"]["key"] for step in (5, 7))
     assert old != new
     assert json.loads(printed[8]) == answer
-    listening = {line.split()[3].rpartition(":")[0] for line in printed[9].splitlines()}
-    assert listening <= {"127.0.0.1", "[::ffff:127.0.0.1]"}
-    assert len(printed[9].splitlines()) >= 3
-    assert "Allowed Urls: [none]" in printed[1]
 
     assert [line.split()[0] for line in printed[10].splitlines()] == ["ok"] * 6
     assert len(json_lines(workplace / "results.jsonl")) == len(frames_of(workplace / "labelled.mp4")) == 375
 
-    # The archive's own settings hold, though no --ts-config is given and the first recipe was run in the same folder.
-    batches, description, tens = outputs(printed[15]), json.loads(printed[16])[0], outputs(printed[17])
+    # The archive's own settings hold, though the first recipe was run in the same folder.
+    batches, description, tens = outputs(printed[16]), json.loads(printed[17])[0], outputs(printed[18])
     assert_shows_the_clip(batches, batch_size=4)
     assert all(len(output.answers[0]) == 4 for output in batches)
     assert (description["batchSize"], description["maxBatchDelay"]) == (1, 1)
     assert_shows_the_clip(tens, batch_size=10)
     assert [len(output.answers[0]) for output in tens] == [10] * 19
+
+    for started, listeners in ((printed[1], printed[9]), (printed[15], printed[20])):
+        assert "Allowed Urls: [none]" in started
+        listening = {line.split()[3].rpartition(":")[0] for line in listeners.splitlines()}
+        assert listening <= {"127.0.0.1", "[::ffff:127.0.0.1]"}
+        assert len(listeners.splitlines()) == 5
+    secrets = {key["key"] for step in (5, 7, 19) for key in json.loads(printed[step]).values()}
+    assert len(secrets) == 3 + 1 + 3
+    telling = {workplace / f"{step}.out" for step in (5, 7, 19)} | {workplace / "key_file.json"}
+    files = [path for path in workplace.rglob("*") if path.is_file() and path not in telling]
+    assert {path.name for path in files} >= {"ts_log.log", "model_log.log", "access_log.log", "resnet-18.mar", "1.err"}
+    assert any(path.suffix == ".cfg" for path in files), "TorchServe writes snapshots"
+    assert [path for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)] == []
 
 
 @pytest.mark.skipif(not is_isolation_possible(), reason="needs Linux namespaces: unshare and ip")
