@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ LARGEST_COMPILED_PASS = 4
 # Of the memory that Pillow takes for a picture. Blocks of its default size, 16 MB, are kept by the C library when a
 # giant is done with: a worker then grows by half a gigabyte. Larger ones go back to the system.
 PILLOW_BLOCK_BYTES = 64 * 2**20
+
+Refusal = tuple[int, str]  # the status of a request that gets no predictions, and the reason
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -117,52 +120,46 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(picture).convert("RGB")
 
 
-def pictures_of(body: Any, headers: dict[str, Any]) -> list[Image.Image | ValueError]:
+# Why something is refused is kept as text: an exception would hold on to the frames of code it came through, and with
+# them to all that the request held, until the garbage collector comes by.
+def admit(body: Any, headers: dict[str, Any]) -> list[Image.Image | str] | Refusal:
     """Return a request's frames, opened but not decoded, in the place of each that is none the reason why.
 
-    Raises ValueError if it asks for something else or has a body that can't hold frames, OverflowError if it holds more
-    than one request may.
+    Or why it is refused: it asks for something else, has a body that can't hold frames, or more than one may.
     """
     if "True" in (headers.get("explain"), headers.get("describe")):
-        raise ValueError("there are predictions only, nothing is explained or described")
+        return 400, "there are predictions only, nothing is explained or described"
     if isinstance(body, dict) and body:
         frames = list(body.values())
     elif isinstance(body, bytes | bytearray):
         frames = [body]
     else:
-        raise ValueError('expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}')
+        return 400, 'expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}'
     if len(frames) > MAX_REQUEST_FRAMES:
-        raise OverflowError(f"{len(frames)} frames, expected at most {MAX_REQUEST_FRAMES} in a request")
-    pictures: list[Image.Image | ValueError] = []
+        return 413, f"{len(frames)} frames, expected at most {MAX_REQUEST_FRAMES} in a request"
+    pictures: list[Image.Image | str] = []
     pixels = 0
     for frame in frames:
         try:
             picture = open_picture(frame)
         except ValueError as error:
-            pictures.append(error)
+            pictures.append(str(error))
             continue
         pictures.append(picture)
         pixels += picture.width * picture.height
         if pixels > MAX_REQUEST_PIXELS:
-            raise OverflowError(f"over {MAX_REQUEST_PIXELS:,} pixels in a request, send fewer or smaller frames")
+            return 413, f"over {MAX_REQUEST_PIXELS:,} pixels in a request, send fewer or smaller frames"
     return pictures
 
 
-def answer_of(body: Any, results: list[dict[str, Any]]) -> Any:
-    """Return what a request with this body gets. Raises ValueError if it gets no predictions at all."""
+def answer_to(body: Any, results: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]] | Refusal:
+    """Return what a request with this body gets for the results of its frames."""
     errors = [result["error"] for result in results if isinstance(result.get("error"), str)]
-    if not isinstance(body, dict):
-        if errors:
-            raise ValueError(errors[0])
-        return results[0]
-    if len(errors) == len(results):
-        raise ValueError(f"none of {len(results)} frames can be read; the first: {errors[0]}")
-    return results
-
-
-def as_error(reason: Exception) -> str:
-    """Return the answer to a refused request, as one line; a dict would be spread over many by TorchServe."""
-    return json.dumps({"error": str(reason)})
+    if isinstance(body, dict):
+        if len(errors) == len(results):
+            return 400, f"none of {len(results)} frames can be read; the first: {errors[0]}"
+        return results
+    return (400, errors[0]) if errors else results[0]
 
 
 class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no type information
@@ -252,31 +249,24 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             One answer for each request, in the same order, whatever the request held.
         """
         bodies = [row.get("data", row.get("body")) for row in data]
-        requests: list[list[Image.Image | ValueError] | ValueError | OverflowError] = []
-        for index, body in enumerate(bodies):
-            try:
-                requests.append(pictures_of(body, context.get_all_request_header(index)))
-            except (ValueError, OverflowError) as refusal:
-                requests.append(refusal)
+        requests = [admit(body, context.get_all_request_header(index)) for index, body in enumerate(bodies)]
         frames = list(chain.from_iterable(request for request in requests if isinstance(request, list)))
         parts = (frames[start : start + self.largest_pass] for start in range(0, len(frames), self.largest_pass))
         results = chain.from_iterable(map(self.classify, parts))
 
         answers: list[Any] = []
         for index, (body, request) in enumerate(zip(bodies, requests, strict=True)):
+            answer: Any = request
             shared_by = 0
-            try:
-                if not isinstance(request, list):
-                    raise request
+            if isinstance(request, list):
                 found = list(islice(results, len(request)))
                 shared_by = found[0][1]
-                answers.append(answer_of(body, [result for result, _ in found]))
-            except ValueError as refusal:
-                context.set_response_status(400, "Bad Request", index)
-                answers.append(as_error(refusal))
-            except OverflowError as refusal:
-                context.set_response_status(413, "Payload Too Large", index)
-                answers.append(as_error(refusal))
+                answer = answer_to(body, [result for result, _ in found])
+            if isinstance(answer, tuple):
+                status, reason = answer
+                context.set_response_status(status, HTTPStatus(status).phrase, index)
+                answer = json.dumps({"error": reason})  # A string, since TorchServe spreads a dict over many lines.
+            answers.append(answer)
             context.set_response_header(index, BATCH_HEADER, str(shared_by))
             context.set_response_content_type(index, "application/json")
             if "host" not in map(str.lower, context.get_all_request_header(index)):
@@ -284,17 +274,17 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
                 context.set_response_header(index, "ts_stream_next", "false")
         return answers
 
-    def classify(self, frames: Sequence[Image.Image | ValueError]) -> list[tuple[dict[str, Any], int]]:
+    def classify(self, frames: Sequence[Image.Image | str]) -> list[tuple[dict[str, Any], int]]:
         """Return each frame's result, label -> probability or "error" -> reason, and how many shared its pass."""
         tensors = list(self.decoders.map(self.preprocess, frames))
         good = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
         predictions = iter(self.inference(good) if good else [])
-        results = [next(predictions) if isinstance(t, torch.Tensor) else {"error": str(t)} for t in tensors]
+        results = [next(predictions) if isinstance(each, torch.Tensor) else {"error": each} for each in tensors]
         return [(result, len(good)) for result in results]
 
-    def preprocess(self, picture: Image.Image | ValueError) -> torch.Tensor | ValueError:
+    def preprocess(self, picture: Image.Image | str) -> torch.Tensor | str:
         """Return a picture as (3, crop, crop) uint8, or the reason why there is none: a bad frame costs only itself."""
-        if isinstance(picture, ValueError):
+        if isinstance(picture, str):
             return picture
         try:
             # By Pillow, in several threads. torchvision resizes tensors in a fifth of the time, but rounds otherwise,
@@ -302,7 +292,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             cropped: torch.Tensor = self.crop(upright_rgb(picture))
             return cropped
         except Exception as error:  # noqa: BLE001 - Pillow's many decoders raise what they like on broken data.
-            return ValueError(f"broken image: {error}")
+            return f"broken image: {error}"
 
     def inference(self, frames: Sequence[torch.Tensor]) -> list[dict[str, float]]:
         """Return label -> probability of the top k classes for each (3, crop, crop) uint8 frame, from one pass."""

@@ -165,6 +165,14 @@ def fake(request: pytest.FixtureRequest) -> Iterator[FakeServer]:
     server.server_close()
 
 
+@pytest.fixture
+def stop() -> Iterator[threading.Event]:
+    """An event that is set when the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
 @pytest.fixture(scope="session")
 def short_clip(tmp_path_factory: pytest.TempPathFactory, clip: list[npt.NDArray[np.uint8]]) -> Path:
     """22 frames at 100 fps: not a multiple of the batch size, and over soon."""

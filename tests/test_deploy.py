@@ -72,8 +72,9 @@ def test_demo_streams_both_ways(scratch: Path) -> None:
         assert all(next(iter(answer)) in CATS for answer in answers)
 
 
-@pytest.mark.parametrize("moment", ["starting TorchServe", "With Batch Size"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("moment", "number"), [("starting TorchServe", signal.SIGTERM), ("With Batch Size", signal.SIGINT)]
+)
 def test_interrupted_demo_leaves_nothing_running(scratch: Path, moment: str, number: signal.Signals) -> None:
     with demo(scratch) as process:
         assert process.stdout

@@ -64,6 +64,12 @@ def stills() -> dict[str, tuple[bytes, Image.Image]]:
         "16 bit": (encoded(deep, "PNG"), grey.convert("RGB")),
         "palette": (encoded(palette, "PNG"), palette.convert("RGB")),
         "exif": (turned, cat),
+        "animated": (
+            encoded(palette, "GIF", save_all=True, append_images=[palette.rotate(90)]),
+            palette.convert("RGB"),
+        ),
+        "animated webp": (encoded(cat, "WEBP", lossless=True, save_all=True, append_images=[cat.rotate(90)]), cat),
+        "pixel": (encoded(cat.resize((1, 1)), "PNG"), cat.resize((1, 1))),
         "tall": (encoded(cat.resize((40, 300)), "PNG"), cat.resize((40, 300))),
     }
 

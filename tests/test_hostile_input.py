@@ -2,11 +2,13 @@
 
 import base64
 import json
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,23 @@ def test_jpeg_of_as_many_scans_as_it_may_have_is_a_frame(node: Node) -> None:
     assert post(node, "resnet-18", many_scans(500, MAX_SCANS - scans + 1)).status_code == 400
 
 
+def test_requests_that_are_too_large_or_end_early(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
+    """TorchServe itself refuses the ones, and forgets the others; neither reaches a worker."""
+    before = workers(node).keys()
+    too_large = b"x" * 6_600_000
+    with suppress(requests.ConnectionError):  # It may be refused before all of it was sent.
+        assert send(node, "predictions", too_large, IMAGE).status_code == 413
+    head = f"POST /predictions/resnet-18 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {node.token()}\r\n"
+    host, port = node.url.removeprefix("http://").split(":")
+    with ExitStack() as sockets:
+        for number in range(100):
+            connection = sockets.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall((head + "Content-Length: 1000\r\n\r\nhalf"[: 8 * (number % 4) + 2]).encode())
+        assert post(node, "resnet-18", jpeg(clip[0])).status_code == 200
+    assert post(node, "resnet-18", jpeg(clip[0])).status_code == 200
+    assert workers(node).keys() == before
+
+
 def test_memory_stays_flat(node: Node) -> None:
     """The largest that is taken or refused, over and over: the worker gives back what it took."""
     large = [encoded(Image.new("RGB", (7680, 4320), "red"), kind) for kind in ("PNG", "WEBP")]
@@ -213,7 +232,7 @@ def test_memory_stays_flat(node: Node) -> None:
     before = memory()
     after = [memory() for _ in range(3)][-1]
     assert workers(node).keys() == members.keys()
-    assert max(now - then for then, now in zip(before, after, strict=True)) < 100
+    assert max(now - then for then, now in zip(before, after, strict=True)) < 150
 
 
 @pytest.fixture(scope="module")

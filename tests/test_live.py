@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from deploy.node import PROJECT, Node, free_ports, torchserve
+from deploy.node import PROJECT, Node, free_ports
 from tests.conftest import CLIP, frames_of, jpeg, wait_until
 from tests.fake_server import FakeServer
 from tests.mjpeg_camera import mjpeg_camera
-from tests.scripts import MODEL, archive, books, json_lines, longest_gap, outputs, run, running
+from tests.scripts import books, json_lines, longest_gap, outputs, run, running
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
@@ -103,12 +103,12 @@ def test_every_answer_finds_its_own_frame(
 
 
 def test_server_that_is_slower_than_the_cameras(node: Node, pictures: list[bytes], tmp_path: Path) -> None:
-    """For a minute: memory flat, and 99 of 100 answers younger than the age limit."""
+    """For half a minute: memory flat, and 99 of 100 answers younger than the age limit."""
     with mjpeg_camera(pictures, fps=60) as first, mjpeg_camera(pictures, fps=60) as second:
         inputs = ["--input", first.url, "--input", second.url, "--max-age", "1000", "--max-in-flight", "8"]
         with running(node, tmp_path, *inputs) as request:
             wait_until(lambda: request.lines() > 500)
-            sizes, end = [], time.monotonic() + 60
+            sizes, end = [], time.monotonic() + 30
             while time.monotonic() < end:
                 sizes.append(request.process.memory_info().rss)
                 time.sleep(1)
@@ -121,32 +121,6 @@ def test_server_that_is_slower_than_the_cameras(node: Node, pictures: list[bytes
     for book in found.values():
         assert int(book["dropped"]) > int(book["captured"]) / 10, "the cameras are faster"
         assert book["failed"] == "0"
-
-
-def test_live_camera_outlives_its_server(tmp_path: Path, pictures: list[bytes]) -> None:
-    """While the server is away the camera is read on, and its frames are dropped; then they are answered again."""
-    archive("--model", MODEL, cwd=tmp_path)
-    ports = free_ports(6)
-    with mjpeg_camera(pictures, fps=10) as camera:
-        with torchserve(tmp_path, ["efficientnet-lite0"], ports=ports) as node:
-            output = tmp_path / "output"
-            output.mkdir()
-            manager = running(node, output, "--input", camera.url, "--server-wait", "3", "--max-age", "2000")
-            request = manager.__enter__()
-            wait_until(lambda: request.lines() > 20)
-        try:
-            wait_until(lambda: f"{node.url} gives no answers (" in request.stderr())
-            before = request.lines()
-            wait_until(lambda: request.lines() > before + 80)
-            with torchserve(tmp_path, ["efficientnet-lite0"], ports=ports):
-                wait_until(lambda: f"{node.url} answers again after " in request.stderr())
-                wait_until(lambda: [line["outcome"] for line in json_lines(request.output)[-20:]] == ["answered"] * 20)
-                (book,) = request.end().values()
-        finally:
-            manager.__exit__(None, None, None)
-    assert json_lines(request.output)[0]["outcome"] == "answered"
-    assert int(book["dropped"]) + int(book["expired"]) > 20
-    assert request.stderr().count("gives no answers") == 1
 
 
 def test_interrupted_at_any_moment_the_books_are_closed(node: Node, pictures: list[bytes], tmp_path: Path) -> None:

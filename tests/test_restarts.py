@@ -102,7 +102,7 @@ def test_copy_of_a_key_file_is_renewed_once_and_told(archive_folder: Path, tmp_p
 def test_file_loses_nothing_when_the_server_restarts(
     archive_folder: Path, tmp_path: Path, clip: list[npt.NDArray[np.uint8]]
 ) -> None:
-    video = long_clip(tmp_path / "clip.mp4", clip, 500)
+    video = long_clip(tmp_path / "clip.mp4", clip, 250)
     ports = free_ports(6)
     output = tmp_path / "out.jsonl"
     done: list[Any] = []
@@ -120,7 +120,7 @@ def test_file_loses_nothing_when_the_server_restarts(
         thread.join(300)
         assert not thread.is_alive()
     lines = json_lines(output)
-    assert len(lines) == 500
+    assert len(lines) == 250
     assert [line for line in lines if line["outcome"] != "answered"] == []
     assert done[0].returncode == 0, done[0].stderr
     assert f"{node.url} gives no answers (" in done[0].stderr
