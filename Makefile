@@ -15,7 +15,7 @@ demo: .venv/server  ## both recipes on the sample clip
 	$(BIN)/python -m deploy.demo
 
 test: .venv/dev  ## the tests, against a real TorchServe
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/dev
 	$(BIN)/ruff check

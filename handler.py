@@ -293,6 +293,8 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             return cropped
         except Exception as error:  # noqa: BLE001 - Pillow's many decoders raise what they like on broken data.
             return f"broken image: {error}"
+        finally:
+            picture.close()  # Decoded, it is large, and the request still holds it.
 
     def inference(self, frames: Sequence[torch.Tensor]) -> list[dict[str, float]]:
         """Return label -> probability of the top k classes for each (3, crop, crop) uint8 frame, from one pass."""

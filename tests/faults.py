@@ -201,7 +201,7 @@ class Fault:
     begin: has it last for as long as a `with` block.
     seconds: how long that is.
     told: what request.py says of it, a regular expression; None: it may say nothing.
-    is_harmless: not even frames of a live camera are dropped.
+    is_harmless: hardly any frames of a live camera are dropped.
     """
 
     begin: Callable[[Site], AbstractContextManager[None]]

@@ -240,10 +240,14 @@ def test_interrupted_it_leaves_nothing_else(
     weights: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the moment in which torch-model-archiver would begin."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: signal.raise_signal(number))
-    assert create_mar_file.main(["--weights", str(weights)]) == 130
-    signal.signal(signal.SIGTERM, before)
+    try:
+        assert create_mar_file.main(["--weights", str(weights)]) == 130
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert capsys.readouterr().err == "create_mar_file.py: interrupted\n"
 
 

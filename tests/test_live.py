@@ -105,7 +105,7 @@ def test_every_answer_finds_its_own_frame(
 def test_server_that_is_slower_than_the_cameras(node: Node, pictures: list[bytes], tmp_path: Path) -> None:
     """For half a minute: memory flat, and 99 of 100 answers younger than the age limit."""
     with mjpeg_camera(pictures, fps=60) as first, mjpeg_camera(pictures, fps=60) as second:
-        inputs = ["--input", first.url, "--input", second.url, "--max-age", "1000", "--max-in-flight", "8"]
+        inputs = ["--input", first.url, "--input", second.url, "--max-age", "2000", "--max-in-flight", "8"]
         with running(node, tmp_path, *inputs) as request:
             wait_until(lambda: request.lines() > 500)
             sizes, end = [], time.monotonic() + 30
@@ -117,7 +117,7 @@ def test_server_that_is_slower_than_the_cameras(node: Node, pictures: list[bytes
     lines = json_lines(request.output)
     latencies = [line["latency_ms"] for line in lines if line["outcome"] == "answered"]
     assert len(latencies) > 500
-    assert statistics.quantiles(latencies, n=100)[98] < 1000
+    assert statistics.quantiles(latencies, n=100)[98] < 2000
     for book in found.values():
         assert int(book["dropped"]) > int(book["captured"]) / 10, "the cameras are faster"
         assert book["failed"] == "0"
