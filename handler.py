@@ -40,8 +40,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 7680 * 4320
 # The most that a picture's long edge may be of its short one. A picture of 1 x 65,000 is small until it is resized.
 MAX_ASPECT_RATIO = 32
-# A JPEG's passes over its picture. A progressive one has about 10; it could have thousands, each takes as long as all.
-MAX_SCANS = 32
+# Of what a file may have only so many, by how it begins. Each scan of a JPEG goes over the whole picture (a progressive
+# one has about 10), its EXIF blocks are joined one by one, and a PNG's texts and profiles can swell a thousandfold.
+MOST_PARTS = {
+    b"\xff\xd8": {"scans": (b"\xff\xda", 32), "EXIF blocks": (b"Exif\0\0", 32)},
+    b"\x89PNG": {"texts": (b"iTXt", 4), "compressed texts": (b"zTXt", 4), "colour profiles": (b"iCCP", 4)},
+}
 # What the frames of one request may be together: some 10 seconds' work of a core. TorchServe's limit of 6.5 MB allows
 # 57 frames of 640 x 480.
 MAX_REQUEST_FRAMES = 256
@@ -81,22 +85,29 @@ def build_network(name: str, classes: int) -> torch.nn.Module:
     return network
 
 
-def open_picture(frame: Any) -> Image.Image:
-    """Return a frame, a file's bytes or its base64 text, as a picture of which only the header has been read.
-
-    Raises ValueError for what is none, for a giant, a sliver, and a JPEG of too many passes.
-    """
+def file_in(frame: Any) -> bytes | bytearray:
+    """Return the file of a frame, which came as it is or as base64 text. Raises ValueError if it is neither."""
     if isinstance(frame, bytes | bytearray):
-        image = frame
-    else:
-        try:
-            image = base64.b64decode(frame, validate=True)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"not a base64 string: {error}") from error
+        return frame
     try:
-        picture = Image.open(io.BytesIO(image), formats=FORMATS)
+        return base64.b64decode(frame, validate=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"not a base64 string: {error}") from error
+
+
+def open_picture(file: bytes | bytearray) -> Image.Image:
+    """Return the picture in a file, of which only what stands before the pixels has been read.
+
+    Raises ValueError for what is none, for a giant, a sliver, and one that would take too long.
+    """
+    for start, parts in MOST_PARTS.items():
+        for name, (part, most) in parts.items():
+            if file.startswith(start) and (count := file.count(part)) > most:
+                raise ValueError(f"{count} {name}, expected at most {most}")
+    try:
+        picture = Image.open(io.BytesIO(file), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ValueError(f"not an image: none of {', '.join(FORMATS)} in these {len(image)} bytes") from error
+        raise ValueError(f"not an image: none of {', '.join(FORMATS)} in these {len(file)} bytes") from error
     except Exception as error:  # Pillow's many decoders raise what they like on broken data.
         raise ValueError(f"broken image: {error}") from error
     width, height = picture.size
@@ -104,8 +115,8 @@ def open_picture(frame: Any) -> Image.Image:
         raise ValueError(f"{width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"{width} x {height} pixels, expected a shape of at most {MAX_ASPECT_RATIO} to 1")
-    if picture.format in ("JPEG", "MPO") and (scans := image.count(b"\xff\xda")) > MAX_SCANS:
-        raise ValueError(f"a JPEG of {scans} scans, expected at most {MAX_SCANS}")
+    if picture.format == "BMP" and picture.info["compression"]:
+        raise ValueError("a compressed BMP, expected a plain one")  # Pillow takes seconds for it.
     return picture
 
 
@@ -122,8 +133,8 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
 
 # Why something is refused is kept as text: an exception would hold on to the frames of code it came through, and with
 # them to all that the request held, until the garbage collector comes by.
-def admit(body: Any, headers: dict[str, Any]) -> list[Image.Image | str] | Refusal:
-    """Return a request's frames, opened but not decoded, in the place of each that is none the reason why.
+def admit(body: Any, headers: dict[str, Any]) -> list[bytes | bytearray | str] | Refusal:
+    """Return the files of a request's frames, in the place of each that is no picture the reason why.
 
     Or why it is refused: it asks for something else, has a body that can't hold frames, or more than one may.
     """
@@ -137,19 +148,19 @@ def admit(body: Any, headers: dict[str, Any]) -> list[Image.Image | str] | Refus
         return 400, 'expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}'
     if len(frames) > MAX_REQUEST_FRAMES:
         return 413, f"{len(frames)} frames, expected at most {MAX_REQUEST_FRAMES} in a request"
-    pictures: list[Image.Image | str] = []
+    files: list[bytes | bytearray | str] = []
     pixels = 0
     for frame in frames:
         try:
-            picture = open_picture(frame)
+            file = file_in(frame)
+            with open_picture(file) as picture:
+                pixels += picture.width * picture.height
+            files.append(file)  # It is opened again when its turn comes: what Pillow keeps of it can be large.
         except ValueError as error:
-            pictures.append(str(error))
-            continue
-        pictures.append(picture)
-        pixels += picture.width * picture.height
+            files.append(str(error))
         if pixels > MAX_REQUEST_PIXELS:
             return 413, f"over {MAX_REQUEST_PIXELS:,} pixels in a request, send fewer or smaller frames"
-    return pictures
+    return files
 
 
 def answer_to(body: Any, results: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]] | Refusal:
@@ -269,12 +280,14 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             answers.append(answer)
             context.set_response_header(index, BATCH_HEADER, str(shared_by))
             context.set_response_content_type(index, "application/json")
-            if "host" not in map(str.lower, context.get_all_request_header(index)):
-                # It came by gRPC, perhaps as a stream; TorchServe drops the worker if such an answer lacks this.
+            headers = context.get_all_request_header(index)
+            if not any(name.lower() == "host" and isinstance(value, str) for name, value in headers.items()):
+                # It came by gRPC, perhaps as a stream; TorchServe drops the worker if such an answer lacks this. (What
+                # came as a part of a form stands among the headers too, but as a dict.)
                 context.set_response_header(index, "ts_stream_next", "false")
         return answers
 
-    def classify(self, frames: Sequence[Image.Image | str]) -> list[tuple[dict[str, Any], int]]:
+    def classify(self, frames: Sequence[bytes | bytearray | str]) -> list[tuple[dict[str, Any], int]]:
         """Return each frame's result, label -> probability or "error" -> reason, and how many shared its pass."""
         tensors = list(self.decoders.map(self.preprocess, frames))
         good = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
@@ -282,19 +295,18 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         results = [next(predictions) if isinstance(each, torch.Tensor) else {"error": each} for each in tensors]
         return [(result, len(good)) for result in results]
 
-    def preprocess(self, picture: Image.Image | str) -> torch.Tensor | str:
+    def preprocess(self, file: bytes | bytearray | str) -> torch.Tensor | str:
         """Return a picture as (3, crop, crop) uint8, or the reason why there is none: a bad frame costs only itself."""
-        if isinstance(picture, str):
-            return picture
+        if isinstance(file, str):
+            return file
         try:
             # By Pillow, in several threads. torchvision resizes tensors in a fifth of the time, but rounds otherwise,
             # and other pixels make other answers: EfficientNet-Lite0's probabilities changed by more than 0.001.
-            cropped: torch.Tensor = self.crop(upright_rgb(picture))
+            with open_picture(file) as picture:
+                cropped: torch.Tensor = self.crop(upright_rgb(picture))
             return cropped
         except Exception as error:  # noqa: BLE001 - Pillow's many decoders raise what they like on broken data.
             return f"broken image: {error}"
-        finally:
-            picture.close()  # Decoded, it is large, and the request still holds it.
 
     def inference(self, frames: Sequence[torch.Tensor]) -> list[dict[str, float]]:
         """Return label -> probability of the top k classes for each (3, crop, crop) uint8 frame, from one pass."""

@@ -22,7 +22,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import methodcaller
 from typing import Any, NoReturn
@@ -119,8 +118,6 @@ def tell(sinks: list[Sink], action: Callable[[Sink], None], stop: threading.Even
         except Exception as error:  # noqa: BLE001 - One output must not end the others.
             sinks.remove(sink)
             log.error("%s fails, going on without it: %s: %s", sink.name, type(error).__name__, error)
-            with suppress(Exception):  # It is told already; this is for what was written before.
-                sink.close()
 
 
 def stream(

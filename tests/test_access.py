@@ -99,10 +99,19 @@ def test_what_torchserve_leaves_open(served: Node) -> None:
         assert ask(metrics, method, path).status_code in (404, 405)
 
 
-def call(node: Node, kind: str, service: str, method: str, key: str | None) -> bytes:
-    """Call a gRPC method of a node, with a message of the model's name and what is no picture. Raises grpc.RpcError."""
-    name, data = MODEL.encode(), b"\x0a\x04data\x12" + bytes([len(NO_IMAGE)]) + NO_IMAGE
-    message = b"\x0a" + bytes([len(name)]) + name + b"\x1a" + bytes([len(data)]) + data
+def field(number: int, content: bytes) -> bytes:
+    """Return a field of a protocol buffer."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def call(node: Node, kind: str, service: str, method: str, key: str | None, *others: bytes) -> bytes:
+    """Call a gRPC method of a node, with the model's name, what is no picture, and other inputs.
+
+    Raises grpc.RpcError.
+    """
+    message = field(1, MODEL.encode())
+    for name in (b"data", *others):
+        message += field(3, field(1, name) + field(2, NO_IMAGE))
     metadata = (("protocol", "gRPC"), ("authorization", f"Bearer {key}")) if key is not None else ()
     with grpc.insecure_channel("127.0.0.1:" + address(node, f"grpc_{kind}_port")) as channel:
         stream = channel.unary_stream(f"/{SERVICE}.{kind}.{service}/{method}")(message, timeout=30, metadata=metadata)
@@ -127,8 +136,8 @@ def test_grpc_stream_does_not_cost_a_worker(served: Node) -> None:
     """An answer that does not say that it is the stream's last one ends TorchServe's thread for the worker."""
     workers = {worker["pid"] for worker in served.describe(MODEL)["workers"]}
     for method in ("Predictions", "StreamPredictions"):
-        for _ in range(3):
-            answer = call(served, "inference", "InferenceAPIsService", method, served.token())
+        for others in ((), (b"host",), (b"Host", b"ts_stream_next")):
+            answer = call(served, "inference", "InferenceAPIsService", method, served.token(), *others)
             assert b'{"error": "not an image' in answer
     assert {worker["pid"] for worker in served.describe(MODEL)["workers"]} == workers
     assert "Backend worker thread exception" not in served.log()

@@ -3,9 +3,11 @@
 import base64
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deploy.node import PROJECT, Node
-from handler import MAX_REQUEST_FRAMES, MAX_SCANS
+from handler import MAX_REQUEST_FRAMES, MOST_PARTS
 from tests.conftest import as_json, encoded, jpeg, post
 from tests.fuzz_handler import Subject, assert_harmless, seeds
 from tests.scripts import archive
@@ -40,6 +42,26 @@ def many_scans(size: int, scans: int) -> bytes:
     return image[:-2] + scans * last + image[-2:]
 
 
+def many_chunks(kind: bytes, count: int) -> bytes:
+    """Return a PNG with so many chunks of a kind, each of which unpacks to a megabyte; about a kilobyte each."""
+    content = {b"iTXt": b"\0\1\0\0\0", b"zTXt": b"\0\0", b"iCCP": b"\0\0"}[kind]
+    image = encoded(CAT, "PNG")
+    chunks = b""
+    for number in range(count):
+        data = kind + b"%d" % number + content + zlib.compress("\U0001f600".encode() + bytes(2**20 - 16), 9)
+        chunks += struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    return image[:33] + chunks + image[33:]
+
+
+def run_length_bmp(size: int) -> bytes:
+    """Return a compressed BMP of so many pixels a side, four bytes a row, which Pillow decodes byte by byte."""
+    rows = b"\1\0\0\0" * size + b"\0\1"
+    palette = bytes(1024)
+    header = struct.pack("<IiiHHIIiiII", 40, size, size, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    start = 14 + len(header) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + palette + rows
+
+
 # Bodies, and what is said of them. The half of a JPEG that its sender did not finish, a picture of 900 megapixels in
 # 110 KB, one of 36 megapixels that takes Pillow minutes, and so on.
 BAD_FRAMES = {
@@ -52,6 +74,14 @@ BAD_FRAMES = {
     "giant": (encoded(Image.new("1", (10_000, 10_000)), "PNG"), "10000 x 10000 pixels, expected at most 33,177,600"),
     "bomb": (encoded(Image.new("1", (30_000, 30_000)), "PNG"), "900000000 pixels"),
     "scans": (many_scans(5_700, 20_000), "scans, expected at most 32"),
+    "EXIF blocks": (
+        encoded(CAT, "JPEG")[:2] + b"\xff\xe1\0\x08Exif\0\0" * 50_000 + encoded(CAT, "JPEG")[2:],
+        "50000 EXIF blocks, expected at most 32",
+    ),
+    "texts": (many_chunks(b"iTXt", 60), "60 texts, expected at most 4"),
+    "compressed texts": (many_chunks(b"zTXt", 60), "60 compressed texts, expected at most 4"),
+    "profiles": (many_chunks(b"iCCP", 300), "300 colour profiles, expected at most 4"),
+    "slow bitmap": (run_length_bmp(5740), "a compressed BMP, expected a plain one"),
     "program": (encoded(CAT.resize((40, 30)), "EPS"), "not an image"),
     "unusual": (encoded(CAT, "TIFF"), "not an image"),
 }
@@ -192,11 +222,12 @@ def test_as_many_frames_as_a_request_may_hold(node: Node, clip: list[npt.NDArray
 
 
 def test_jpeg_of_as_many_scans_as_it_may_have_is_a_frame(node: Node) -> None:
+    _, most = MOST_PARTS[b"\xff\xd8"]["scans"]
     image = many_scans(500, 0)
     scans = image.count(b"\xff\xda")
-    assert 3 < scans < MAX_SCANS / 2
-    assert post(node, "resnet-18", many_scans(500, MAX_SCANS - scans)).status_code == 200
-    assert post(node, "resnet-18", many_scans(500, MAX_SCANS - scans + 1)).status_code == 400
+    assert 3 < scans < most / 2
+    assert post(node, "resnet-18", many_scans(500, most - scans)).status_code == 200
+    assert post(node, "resnet-18", many_scans(500, most - scans + 1)).status_code == 400
 
 
 def test_requests_that_are_too_large_or_end_early(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
@@ -219,7 +250,8 @@ def test_requests_that_are_too_large_or_end_early(node: Node, clip: list[npt.NDA
 def test_memory_stays_flat(node: Node) -> None:
     """The largest that is taken or refused, over and over: the worker gives back what it took."""
     large = [encoded(Image.new("RGB", (7680, 4320), "red"), kind) for kind in ("PNG", "WEBP")]
-    bodies = [(image, IMAGE) for image in large]
+    texts = as_json(*[many_chunks(b"iTXt", 4)] * 60)
+    bodies = [(image, IMAGE) for image in [*large, many_chunks(b"iTXt", 4)]] + [(json.dumps(texts).encode(), JSON)]
     bodies += [(text.encode(), JSON) for text, _ in [*BAD_JSON.values(), *EXCESSES.values()]]
     members = workers(node)
 
