@@ -43,7 +43,7 @@ def recovery_s(request: Run, camera: str, since: float) -> float:
 
 
 def say(*columns: object) -> None:
-    widths = (23, 15, 20, 16, 14)
+    widths = (23, 15, 20, 18, 14)
     print(
         "".join(str(column).ljust(width) for column, width in zip(columns, widths, strict=False)).rstrip(), flush=True
     )
