@@ -221,7 +221,7 @@ FAULTS = {
     "answers trickle": Fault(network("trickle"), 8, rf"(?s){LOST}none for \d+ s.*{BACK}"),
     "answers cut off": Fault(network("reset"), 5, rf"(?s){LOST}.*reset.*{BACK}"),
     "network black hole": Fault(network("blackhole"), 9, rf"(?s){LOST}none for \d+ s.*{BACK}"),
-    "camera sends garbage": Fault(camera("garbage"), 5),
+    "camera sends garbage": Fault(camera("garbage"), 5, r"(?s)the camera is lost.*the camera is back after"),
     "camera cut": Fault(camera("cut"), 3, r"(?s)the camera is lost.*the camera is back after"),
     "camera stalled": Fault(camera("stalled"), 7, r"(?s)the camera is lost.*the camera is back after"),
 }
