@@ -173,6 +173,18 @@ def stop() -> Iterator[threading.Event]:
     event.set()
 
 
+@pytest.fixture
+def old_archive(tmp_path: Path) -> Iterator[Path]:
+    """An archive that is there already; it must be left as it was."""
+    path = tmp_path / "model_store" / "resnet-18.mar"
+    path.parent.mkdir()
+    path.write_bytes(b"the archive of yesterday")
+    yield path
+    assert path.stat().st_size == len(b"the archive of yesterday")
+    assert path.read_bytes() == b"the archive of yesterday"
+    assert list(path.parent.iterdir()) == [path]
+
+
 @pytest.fixture(scope="session")
 def short_clip(tmp_path_factory: pytest.TempPathFactory, clip: list[npt.NDArray[np.uint8]]) -> Path:
     """22 frames at 100 fps: not a multiple of the batch size, and over soon."""

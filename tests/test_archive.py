@@ -5,16 +5,11 @@ import http.server
 import json
 import os
 import pickle
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,26 +17,14 @@ import torch
 import yaml
 
 import create_mar_file
-from deploy.node import PROJECT, free_ports
-from tests.conftest import random_resnet18, wait_until
-from tests.scripts import ISOLATED, archive, is_isolation_possible, run
+from deploy.node import free_ports
+from tests.conftest import random_resnet18
+from tests.scripts import archive, run
 
 
 @pytest.fixture(autouse=True)
 def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def old_archive(tmp_path: Path) -> Iterator[Path]:
-    """An archive that is there already; it must be left as it was."""
-    path = tmp_path / "model_store" / "resnet-18.mar"
-    path.parent.mkdir()
-    path.write_bytes(b"the archive of yesterday")
-    yield path
-    assert path.stat().st_size == len(b"the archive of yesterday")
-    assert path.read_bytes() == b"the archive of yesterday"
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_archive_holds_what_the_answers_depend_on(tmp_path: Path, weights: Path) -> None:
@@ -204,90 +187,6 @@ def test_unwritable_model_store_is_one_line(tmp_path: Path, weights: Path, capsy
     error = capsys.readouterr().err
     assert "model_store" in error
     assert len(error.splitlines()) == 1
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-def test_killed_half_way_it_leaves_the_old_archive(tmp_path: Path, weights: Path) -> None:
-    store = tmp_path / "model_store"
-    store.mkdir()
-    archive_path = store / "resnet-18.mar"
-    archive_path.write_bytes(b"the archive of yesterday")
-    command = [sys.executable, str(PROJECT / "create_mar_file.py"), "--weights", str(weights)]
-    half_way = 0
-    for attempt in range(12):
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
-        wait_until(lambda: list(store.glob(".create_mar_file-*")) != [])
-        time.sleep(0.05 * (attempt % 4))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=60)
-        if archive_path.stat().st_size != len(b"the archive of yesterday"):  # It was faster.
-            assert zipfile.ZipFile(archive_path).testzip() is None
-            archive_path.write_bytes(b"the archive of yesterday")
-            continue
-        half_way += 1
-        [staging] = store.glob(".create_mar_file-*")
-        shutil.rmtree(staging)
-        if half_way == 3:
-            break
-    assert half_way >= 2
-    assert archive_path.read_bytes() == b"the archive of yesterday"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.usefixtures("old_archive")
-def test_interrupted_it_leaves_nothing_else(
-    weights: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In the moment in which torch-model-archiver would begin."""
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: signal.raise_signal(number))
-    try:
-        assert create_mar_file.main(["--weights", str(weights)]) == 130
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-    assert capsys.readouterr().err == "create_mar_file.py: interrupted\n"
-
-
-def test_two_at_once_do_not_meet(tmp_path: Path, weights: Path) -> None:
-    torch.save({name: value + 1 for name, value in torch.load(weights).items()}, tmp_path / "others.pth")
-    both = [weights, tmp_path / "others.pth"]
-    with ThreadPoolExecutor(2) as threads:
-        done = list(threads.map(lambda path: run("create_mar_file.py", "--weights", path, cwd=tmp_path), both))
-    assert [each.returncode for each in done] == [0, 0]
-    assert [path.name for path in (tmp_path / "model_store").iterdir()] == ["resnet-18.mar"]
-    with zipfile.ZipFile(tmp_path / "model_store" / "resnet-18.mar") as mar:
-        assert mar.testzip() is None
-        with mar.open("resnet-18.pth") as file:
-            bias = torch.load(file, weights_only=True)["fc.bias"]
-    assert any(torch.equal(bias, torch.load(path)["fc.bias"]) for path in both)
-
-
-@pytest.mark.skipif(not is_isolation_possible(), reason="needs Linux namespaces: unshare")
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [("size=30m", "No space left on device"), ("size=70m", "No space left on device"), ("ro", "Read-only file system")],
-)
-def test_disk_that_takes_no_archive_is_one_line(tmp_path: Path, weights: Path, options: str, reason: str) -> None:
-    """Full when the weights are written, full when the archive is, and read-only."""
-    (tmp_path / "model_store").mkdir()
-    script = f"""
-        mount -t tmpfs -o size=70m tmpfs model_store && echo yesterday > model_store/resnet-18.mar || exit 9
-        mount -o remount,{options} model_store || exit 9
-        "{sys.executable}" "{PROJECT}/create_mar_file.py" --weights "{weights}"
-        code=$?
-        ls -A model_store
-        cat model_store/resnet-18.mar
-        exit $code
-    """
-    done = subprocess.run([*ISOLATED, "bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == "resnet-18.mar\nyesterday\n"
-    assert reason in done.stderr
-    assert done.stderr.startswith("create_mar_file.py: ")
-    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("network", ["refused", "silent"])

@@ -1,17 +1,13 @@
 """handler.py against broken and hostile requests: each costs only its sender, and hears what is wrong with it."""
 
-import base64
 import json
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +16,12 @@ import psutil
 import pytest
 import requests
 import skimage.data
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from deploy.node import PROJECT, Node
+from deploy.node import Node
 from handler import MAX_REQUEST_FRAMES, MOST_PARTS
 from tests.conftest import as_json, encoded, jpeg, post
-from tests.fuzz_handler import Subject, assert_harmless, seeds
-from tests.scripts import archive
+from tests.fuzz_handler import assert_harmless, seeds
 
 HEADER = "X-Forward-Batch-Size"
 CAT = Image.fromarray(skimage.data.chelsea())
@@ -265,65 +257,6 @@ def test_memory_stays_flat(node: Node) -> None:
     after = [memory() for _ in range(3)][-1]
     assert workers(node).keys() == members.keys()
     assert max(now - then for then, now in zip(before, after, strict=True)) < 150
-
-
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Subject]:
-    threads = torch.get_num_threads()
-    folder = tmp_path_factory.mktemp("subject")
-    archive("--weights", weights, cwd=folder)
-    yield Subject(folder / "model_store" / "resnet-18.mar")
-    torch.set_num_threads(threads)
-
-
-@st.composite
-def changed_files(draw: st.DrawFn) -> bytes:
-    """A file of some format, a few of its bytes changed, cut off or doubled."""
-    file = bytearray(draw(st.sampled_from(seeds())))
-    for _ in range(draw(st.integers(0, 8))):
-        place = draw(st.integers(0, len(file) - 1))
-        file[place] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]) | st.integers(0, 255))
-    start, end = sorted([draw(st.integers(0, len(file))), draw(st.integers(0, len(file)))])
-    match draw(st.sampled_from(["whole", "cut", "end", "doubled"])):
-        case "cut":
-            del file[end:]
-        case "end":
-            del file[:start]
-        case "doubled":
-            file[start:start] = file[start:end]
-    return bytes(file)
-
-
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
-FRAMES = st.binary() | changed_files()
-BATCHES = st.dictionaries(st.text(), JSON_VALUES | FRAMES.map(lambda file: base64.b64encode(file).decode()))
-
-
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(body=FRAMES.map(bytearray) | JSON_VALUES | BATCHES)
-def test_any_body_costs_only_itself(subject: Subject, body: Any) -> None:
-    subject.try_body(body)
-
-
-def test_fuzzing_reaches_the_decoders(subject: Subject) -> None:
-    """What the seeds themselves get: else the fuzzers would stay at the door."""
-    found = [subject.try_body(bytearray(file)) for file in seeds()]
-    assert found.count("answered") == 6
-    assert len([reason for reason in found if reason.startswith("not an image")]) == 5
-
-
-@pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="atheris has no wheel for it")
-def test_atheris_finds_no_body_that_hurts(tmp_path: Path, weights: Path) -> None:
-    archive("--weights", weights, cwd=tmp_path)
-    mar = tmp_path / "model_store" / "resnet-18.mar"
-    command = [sys.executable, "-m", "tests.fuzz_handler", str(mar), "-runs=5000", "-max_len=4096", "-seed=5"]
-    command += [f"-artifact_prefix={tmp_path}/", "-rss_limit_mb=4000"]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Done 5000 runs" in done.stderr
 
 
 def test_random_bodies_through_the_server(node: Node, clip: list[npt.NDArray[np.uint8]]) -> None:
