@@ -8,11 +8,14 @@ else
 BIN := .venv/bin
 endif
 
-.PHONY: demo test lint bench soak video diagrams clean
+.PHONY: demo cluster test lint bench soak video diagrams clean
 .DELETE_ON_ERROR:
 
 demo: .venv/server  ## both recipes on the sample clip
 	$(BIN)/python -m deploy.demo
+
+cluster: .venv/server  ## two TorchServe nodes behind nginx, and four cameras; needs nginx
+	$(BIN)/python -m deploy.demo --cluster
 
 test: .venv/dev  ## the tests, against a real TorchServe
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -10,7 +10,11 @@ the settings (model-config.yaml) it reads here. A request's body is either
 A request without a frame that can be read gets status 400, one that is too much work 413, and `{"error": "..."}` on one
 line of ASCII. TorchServe batches requests without looking at them: one call may bring all kinds, and what is wrong with
 one of them must not cost the others anything, their time neither. So what a request may ask for is bounded.
+
+Written for Python 3.9, which TorchServe's own image has; nothing else of the project is.
 """
+
+from __future__ import annotations
 
 import base64
 import io
@@ -18,7 +22,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from itertools import chain, islice
@@ -31,6 +36,7 @@ from torch.fx.experimental.optimization import fuse
 from torchvision import models
 from torchvision.transforms import v2
 from ts.context import Context
+from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 from ts.utils.util import load_label_mapping, map_class_to_label
 
@@ -54,6 +60,15 @@ MAX_REQUEST_PIXELS = 4 * MAX_PIXELS
 # Says in every answer how many frames went through the network together with this request's, or its first ones.
 BATCH_HEADER = "X-Forward-Batch-Size"
 
+# What Prometheus is told besides what TorchServe tells it: kind, unit, and labels besides ModelName.
+METRICS = {
+    "handler_frames_decoded_total": (MetricTypes.COUNTER, "frames", []),
+    "handler_refused_total": (MetricTypes.COUNTER, "frames", ["reason"]),  # or whole requests, as one each
+    "handler_frames_per_pass": (MetricTypes.HISTOGRAM, "frames", []),
+    "handler_decode_seconds": (MetricTypes.HISTOGRAM, "seconds", []),  # for all frames of a pass, cropping included
+    "handler_inference_seconds": (MetricTypes.HISTOGRAM, "seconds", []),  # for a pass
+}
+
 # So many frames are decoded and go through the network at once, at most: more gain nothing on a CPU, and take memory.
 LARGEST_PASS = 32
 # The same for a compiled network, which is compiled for each number of frames up to this one, or up to TorchServe's
@@ -64,7 +79,9 @@ LARGEST_COMPILED_PASS = 4
 # giant is done with: a worker then grows by half a gigabyte. Larger ones go back to the system.
 PILLOW_BLOCK_BYTES = 64 * 2**20
 
-Refusal = tuple[int, str]  # the status of a request that gets no predictions, and the reason
+# The status of a request that gets no predictions, and the reason. What stands before a reason's colon is one of few
+# texts, which the metrics count by.
+Refusal = tuple[int, str]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -87,7 +104,7 @@ def build_network(name: str, classes: int) -> torch.nn.Module:
 
 def file_in(frame: Any) -> bytes | bytearray:
     """Return the file of a frame, which came as it is or as base64 text. Raises ValueError if it is neither."""
-    if isinstance(frame, bytes | bytearray):
+    if isinstance(frame, (bytes, bytearray)):
         return frame
     try:
         return base64.b64decode(frame, validate=True)
@@ -103,7 +120,7 @@ def open_picture(file: bytes | bytearray) -> Image.Image:
     for start, parts in MOST_PARTS.items():
         for name, (part, most) in parts.items():
             if file.startswith(start) and (count := file.count(part)) > most:
-                raise ValueError(f"{count} {name}, expected at most {most}")
+                raise ValueError(f"too many {name}: {count}, expected at most {most}")
     try:
         picture = Image.open(io.BytesIO(file), formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -112,11 +129,11 @@ def open_picture(file: bytes | bytearray) -> Image.Image:
         raise ValueError(f"broken image: {error}") from error
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
+        raise ValueError(f"too many pixels: {width} x {height}, expected at most {MAX_PIXELS:,} in all")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"{width} x {height} pixels, expected a shape of at most {MAX_ASPECT_RATIO} to 1")
+        raise ValueError(f"too narrow: {width} x {height} pixels, expected at most {MAX_ASPECT_RATIO} to 1")
     if picture.format == "BMP" and picture.info["compression"]:
-        raise ValueError("a compressed BMP, expected a plain one")  # Pillow takes seconds for it.
+        raise ValueError("compressed BMP: expected a plain one")  # Pillow takes seconds for it.
     return picture
 
 
@@ -139,15 +156,15 @@ def admit(body: Any, headers: dict[str, Any]) -> list[bytes | bytearray | str] |
     Or why it is refused: it asks for something else, has a body that can't hold frames, or more than one may.
     """
     if "True" in (headers.get("explain"), headers.get("describe")):
-        return 400, "there are predictions only, nothing is explained or described"
+        return 400, "not explained: there are predictions only"
     if isinstance(body, dict) and body:
         frames = list(body.values())
-    elif isinstance(body, bytes | bytearray):
+    elif isinstance(body, (bytes, bytearray)):
         frames = [body]
     else:
-        return 400, 'expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}'
+        return 400, 'no frames: expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}'
     if len(frames) > MAX_REQUEST_FRAMES:
-        return 413, f"{len(frames)} frames, expected at most {MAX_REQUEST_FRAMES} in a request"
+        return 413, f"too many frames: {len(frames)}, expected at most {MAX_REQUEST_FRAMES} in a request"
     files: list[bytes | bytearray | str] = []
     pixels = 0
     for frame in frames:
@@ -159,7 +176,7 @@ def admit(body: Any, headers: dict[str, Any]) -> list[bytes | bytearray | str] |
         except ValueError as error:
             files.append(str(error))
         if pixels > MAX_REQUEST_PIXELS:
-            return 413, f"over {MAX_REQUEST_PIXELS:,} pixels in a request, send fewer or smaller frames"
+            return 413, f"too many pixels in a request: over {MAX_REQUEST_PIXELS:,}, send fewer or smaller frames"
     return files
 
 
@@ -205,6 +222,11 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         self.normalize = v2.Compose(
             [v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing["mean"], preprocessing["std"])]
         )
+        self.model_name = context.model_name
+        self.metrics = {
+            name: context.metrics.add_metric_to_cache(name, unit, ["ModelName", *labels], kind)
+            for name, (kind, unit, labels) in METRICS.items()
+        }
         self.top_k = min(settings["top_k"], len(self.mapping))
         # TorchServe starts a worker for each GPU, or for each core if there is none, and they share the cores. A second
         # thread is of use where the other workers idle, and costs nothing where they don't.
@@ -266,13 +288,15 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         results = chain.from_iterable(map(self.classify, parts))
 
         answers: list[Any] = []
-        for index, (body, request) in enumerate(zip(bodies, requests, strict=True)):
+        for index, (body, request) in enumerate(zip(bodies, requests)):
             answer: Any = request
             shared_by = 0
             if isinstance(request, list):
                 found = list(islice(results, len(request)))
                 shared_by = found[0][1]
                 answer = answer_to(body, [result for result, _ in found])
+            if isinstance(request, tuple):
+                self.count_refused([request[1]])
             if isinstance(answer, tuple):
                 status, reason = answer
                 context.set_response_status(status, HTTPStatus(status).phrase, index)
@@ -289,11 +313,28 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
 
     def classify(self, frames: Sequence[bytes | bytearray | str]) -> list[tuple[dict[str, Any], int]]:
         """Return each frame's result, label -> probability or "error" -> reason, and how many shared its pass."""
+        start = time.monotonic()
         tensors = list(self.decoders.map(self.preprocess, frames))
+        self.note("handler_decode_seconds", time.monotonic() - start)
         good = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        predictions = iter(self.inference(good) if good else [])
+        self.note("handler_frames_decoded_total", len(good))
+        self.count_refused([reason for reason in tensors if isinstance(reason, str)])
+        predictions: Iterator[dict[str, float]] = iter([])
+        if good:
+            start = time.monotonic()
+            predictions = iter(self.inference(good))
+            self.note("handler_inference_seconds", time.monotonic() - start)
+            self.note("handler_frames_per_pass", len(good))
         results = [next(predictions) if isinstance(each, torch.Tensor) else {"error": each} for each in tensors]
         return [(result, len(good)) for result in results]
+
+    def note(self, metric: str, value: float, *labels: str) -> None:
+        """Add a value to a counter, or to what a histogram has seen. TorchServe reads it from the worker's output."""
+        self.metrics[metric].add_or_update(value, [self.model_name, *labels])
+
+    def count_refused(self, reasons: Iterable[str]) -> None:
+        for reason, count in Counter(reason.partition(":")[0] for reason in reasons).items():
+            self.note("handler_refused_total", count, reason)
 
     def preprocess(self, file: bytes | bytearray | str) -> torch.Tensor | str:
         """Return a picture as (3, crop, crop) uint8, or the reason why there is none: a bad frame costs only itself."""

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import methodcaller
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from edge.buffer import BATCH_WAIT_S, Buffer, DropPolicy, InOrder
 from edge.cameras import Camera, Frame, SourceError
 from edge.check import check
 from edge.client import TorchServe
+from edge.metrics import metrics_page
 from edge.options import parse_args
 from edge.retries import ServerError
 from edge.sinks import JsonLines, Progress, Sink, SinkError, Terminal, Video, Window
@@ -121,17 +122,16 @@ def tell(sinks: list[Sink], action: Callable[[Sink], None], stop: threading.Even
 
 
 def stream(
-    cameras: Sequence[Camera], server: TorchServe, sinks: list[Sink], args: argparse.Namespace, stop: threading.Event
+    books: dict[Camera, Books], server: TorchServe, sinks: list[Sink], args: argparse.Namespace, stop: threading.Event
 ) -> int:
     """Run the pipeline until all files have ended or `stop` is set, and print the books.
 
     Returns 0, or 1 if a frame failed or a sink did. Raises SourceError if a file can't be read, ServerError if a file
     has waited for the server long enough; the books are closed and printed before.
     """
-    books = {camera: Books() for camera in cameras}
-    orders = {camera: InOrder() for camera in cameras}
+    orders = {camera: InOrder() for camera in books}
     policies: dict[Camera, DropPolicy] = {
-        camera: args.drop or ("oldest" if camera.is_live else "none") for camera in cameras
+        camera: args.drop or ("oldest" if camera.is_live else "none") for camera in books
     }
     lead = LEAD * args.max_in_flight * per_request(args)
     buffer = Buffer(max(FRAMES_WAITING, args.batch_size), policies, stop, lead, min(BATCH_WAIT_S, args.max_age / 2))
@@ -142,7 +142,7 @@ def stream(
         results.put(result if needs_picture else replace(result, frame=replace(result.frame, jpeg=b"")))
 
     works: list[tuple[Any, ...]] = [
-        (f"reader of {camera.name}", read, camera, books[camera], buffer, deliver, stop) for camera in cameras
+        (f"reader of {camera.name}", read, camera, book, buffer, deliver, stop) for camera, book in books.items()
     ]
     works.append(("sender", send, buffer, server, per_request(args), args.max_age, deliver, stop))
     # Daemons, for a camera may hang in its driver for ever.
@@ -230,9 +230,11 @@ def main(argv: list[str] | None = None) -> int:
     cameras = [Camera(name, args.fps, args.loop, args.resize, args.jpeg_quality) for name in args.input]
     if len({camera.name for camera in cameras}) < len(cameras):
         log.warning("two cameras have the same name: their results can't be told apart")
+    books = {camera: Books() for camera in cameras}
     try:
         with (
             logging_redirect_tqdm(),
+            metrics_page(None if args.check else args.metrics_port, books),
             TorchServe(
                 args.url,
                 args.model,
@@ -251,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
                     if args.require_cameras or not camera.is_live:
                         camera.check()
                 server.wait_until_ready(min(args.server_wait, args.max_age))
-                code = 0 if stop.is_set() else stream(cameras, server, open_sinks(cameras, args, stop), args, stop)
+                code = 0 if stop.is_set() else stream(books, server, open_sinks(cameras, args, stop), args, stop)
     except SinkError as error:
         print(f"request.py: {error}", file=sys.stderr)
         code = 2

@@ -11,8 +11,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import ts
 import yaml
 from ts.context import Context, RequestProcessor
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from handler import VideoFrameHandler
 
@@ -33,7 +35,10 @@ class Model:
                 file.extractall(folder)
             manifest = json.loads(Path(folder, "MAR-INF", "MANIFEST.json").read_text())
             config = yaml.safe_load(Path(folder, "model-config.yaml").read_text())
-            self.context = Context("resnet-18", folder, manifest, batch_size, None, "0.12.0", model_yaml_config=config)
+            metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
+            self.context = Context(
+                "resnet-18", folder, manifest, batch_size, None, "0.12.0", metrics=metrics, model_yaml_config=config
+            )
             self.handler = VideoFrameHandler()
             self.handler.initialize(self.context)
 

@@ -1,24 +1,36 @@
 """Both recipes of README.md, from the archive to the answers: `make demo`, or `python -m deploy.demo`.
 
-Works in a temporary directory and on free ports, and leaves nothing running, whether it ends well, fails or is
-interrupted. Exit code: 0 if every frame of the clip was answered both ways, else that of the step that failed.
+With --cluster, `make cluster`: four cameras, nginx, and two TorchServe nodes. Works in a temporary directory and on
+free ports, and leaves nothing running, whether it ends well, fails or is interrupted. Exit code: 0 if every frame of
+the clip was answered, else that of the step that failed.
 """
 
+import argparse
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from create_mar_file import RESNET18, DownloadError, download_weights
 from deploy.node import PROJECT, NodeError, torchserve
+from deploy.proxy import nginx
+
+NODES = 2
+CAMERAS = 4
 
 
-def run(script: str, *arguments: str, folder: Path) -> None:
+def run(script: str, *arguments: str, folder: Path, environment: dict[str, str] | None = None) -> None:
     """Run one of the project's scripts in a folder, shown as one would type it. Raises CalledProcessError."""
     print(f"\n$ python {script} {shlex.join(arguments)}".rstrip(), flush=True)
-    subprocess.run([sys.executable, str(PROJECT / script), *arguments], cwd=folder, check=True)
+    command = [sys.executable, str(PROJECT / script), *arguments]
+    subprocess.run(command, cwd=folder, env=os.environ | (environment or {}), check=True)
 
 
 def choose_model() -> str:
@@ -36,23 +48,58 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def both_recipes(folder: Path, model: str) -> None:
+    for recipe in ([], ["--client-batching"]):
+        run("create_mar_file.py", "--model", model, *recipe, folder=folder)
+        print(f"\nstarting TorchServe with {model}", flush=True)
+        with torchserve(folder, [model]) as node:
+            options = ["--url", node.url, "--model", model, "--log-every", "100"]
+            run("request.py", *options, *recipe, folder=folder)
+        print("TorchServe has stopped", flush=True)
+    print("\nBoth ways work. README.md has the commands to type, and what they do.")
+
+
+def cluster(folder: Path, model: str) -> None:
+    run("create_mar_file.py", "--model", model, folder=folder)
+    with ExitStack() as running:
+        addresses = []
+        for number in range(1, NODES + 1):
+            print(f"\nstarting TorchServe node {number} of {NODES}", flush=True)
+            home = folder / f"node-{number}"
+            shutil.copytree(folder / "model_store", home / "model_store")
+            node = running.enter_context(torchserve(home, [model], node_config((os.cpu_count() or 1) // NODES)))
+            addresses.append(urlsplit(node.url).netloc)
+        print("starting nginx", flush=True)
+        proxy = running.enter_context(nginx(folder / "nginx", addresses))
+        options = ["--url", proxy.url, "--model", model, "--quiet"]
+        for number in range(1, CAMERAS + 1):
+            shutil.copy(PROJECT / "data" / "sample_video.mp4", folder / f"camera-{number}.mp4")
+            options += ["--input", f"camera-{number}.mp4"]
+        print("\nwith a token of nginx in TORCHSERVE_TOKEN, and its certificate in REQUESTS_CA_BUNDLE:", flush=True)
+        run("request.py", *options, folder=folder, environment=proxy.environment())
+        for address, count in sorted(Counter(proxy.nodes_that_answered()).items()):
+            print(f"node {address} answered {count} requests")
+    print("nginx and TorchServe have stopped. deploy/README.md says how to do this with machines of your own.")
+
+
+def node_config(workers: int) -> str:
+    """Return the configuration of a node behind nginx that has its part of this machine's cores."""
+    parts = [PROJECT / "config.properties", PROJECT / "deploy" / "nginx" / "node.properties"]
+    return "\n".join(part.read_text() for part in parts) + f"\ndefault_workers_per_model={max(1, workers)}\n"
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description="The recipes of README.md, or a cluster, on this machine.")
+    parser.add_argument("--cluster", action="store_true", help="two TorchServe nodes behind nginx, and four cameras")
+    args = parser.parse_args()
     # SIGINT too: a shell that starts us in the background has it ignored. Windows has no SIGHUP.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), interrupt)
     try:
         with tempfile.TemporaryDirectory(prefix="demo-") as name:
-            folder = Path(name)
-            model = choose_model()
-            for recipe in ([], ["--client-batching"]):
-                run("create_mar_file.py", "--model", model, *recipe, folder=folder)
-                print(f"\nstarting TorchServe with {model}", flush=True)
-                with torchserve(folder, [model]) as node:
-                    options = ["--url", node.url, "--model", model, "--log-every", "100"]
-                    run("request.py", *options, *recipe, folder=folder)
-                print("TorchServe has stopped", flush=True)
-            print("\nBoth ways work. README.md has the commands to type, and what they do.")
+            show = cluster if args.cluster else both_recipes
+            show(Path(name), choose_model())
     except subprocess.CalledProcessError as error:
         return error.returncode
     except NodeError as error:

@@ -53,16 +53,18 @@ class Node:
 
     def describe(self, model: str) -> dict[str, Any]:
         """Return what TorchServe's management API says of a model."""
-        response = self._manage(f"/models/{model}", self.token("management"))
+        response = self._manage(f"/models/{model}", "management")
         if response.status_code == requests.codes.bad_request:  # The key has expired.
-            self._manage("/token?type=management", self.token("API")).raise_for_status()
-            response = self._manage(f"/models/{model}", self.token("management"))
+            self._manage("/token?type=management", "API").raise_for_status()
+            response = self._manage(f"/models/{model}", "management")
         response.raise_for_status()
         description: dict[str, Any] = response.json()[0]
         return description
 
-    def _manage(self, path: str, key: str) -> requests.Response:
-        headers = {"Authorization": f"Bearer {key}"}
+    def _manage(self, path: str, kind: str) -> requests.Response:
+        # With disable_token_authorization there is no key file.
+        has_keys = (self.folder / "key_file.json").exists()
+        headers = {"Authorization": f"Bearer {self.token(kind)}"} if has_keys else {}
         return requests.get(self.management_url + path, headers=headers, timeout=10)
 
     def log(self) -> str:

@@ -67,6 +67,11 @@ def error_type(response: requests.Response) -> str:
     return "" if response.ok else str(error_body(response).get("type", ""))
 
 
+def refuses_token(response: requests.Response) -> bool:
+    """Whether an answer says that our token, or that we have none, is wrong: TorchServe's own, or a proxy's."""
+    return response.status_code == requests.codes.unauthorized or error_type(response) == "InvalidKeyException"
+
+
 def error_text(response: requests.Response) -> str:
     """Return what an error answer says."""
     body = error_body(response)

@@ -19,7 +19,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from requests_futures.sessions import FuturesSession
 
-from edge.answers import error_text, error_type, failed, read_results
+from edge.answers import error_text, error_type, failed, read_results, refuses_token
 from edge.cameras import Camera, Frame
 from edge.in_flight import POLL_S, InFlight, Request
 from edge.retries import TRANSIENT, Health, RetryUntil, ServerError, innermost, is_final, is_passing
@@ -150,19 +150,18 @@ class TorchServe:
 
     def _check(self, response: requests.Response) -> None:
         """Raise ServerError if the server refuses our token or does not know the model."""
-        kind = error_type(response)
-        if kind == "InvalidKeyException" and self._token.source:
+        if refuses_token(response) and self._token.source:
             raise ServerError(
-                f"{self.url} refuses the token from {self._token.source}: it is not the inference key of this server, "
-                f"or it has expired (they live for 60 minutes, unless token_expiration_min is set; a restart of "
-                f"TorchServe writes new ones into its key_file.json)"
+                f"{self.url} refuses the token from {self._token.source}: it is not one of its own, or it has expired "
+                f"(TorchServe's inference keys live for 60 minutes, unless token_expiration_min is set; a restart "
+                f"makes new ones, in its key_file.json)"
             )
-        if kind == "InvalidKeyException":
+        if refuses_token(response):
             raise ServerError(
                 f"{self.url} wants a token: run this in the directory where TorchServe was started, whose "
                 f"key_file.json holds it, or pass --token-file FILE, or set TORCHSERVE_TOKEN"
             )
-        if kind in ("ModelNotFoundException", "ModelVersionNotFoundException"):
+        if error_type(response) in ("ModelNotFoundException", "ModelVersionNotFoundException"):
             raise ServerError(
                 f"{self.url} has no model {self._model}: start TorchServe with --models {self._model}="
                 f"{self._model}.mar, or pass the name of the model it serves as --model"
@@ -291,7 +290,7 @@ class TorchServe:
                 return []
         if error or response is None:
             return failed(request.frames, f"no answer: {innermost(error)}" if error else "no answer")
-        if response.status_code not in TRANSIENT and error_type(response) != "InvalidKeyException":
+        if response.status_code not in TRANSIENT and not refuses_token(response):
             self.health.good()
         if response.status_code != requests.codes.request_entity_too_large:
             return read_results(response, request.frames, self._as_json)

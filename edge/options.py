@@ -68,6 +68,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError("expected http://host:port or https://host:port, without user or password")
         return text.rstrip("/")
 
+    def listener(text: str) -> tuple[str, int]:
+        host, _, port = text.rpartition(":")
+        if not port.isdecimal() or not 0 < int(port) < 65536:
+            raise argparse.ArgumentTypeError(f"expected a port or ADDRESS:PORT, got {text!r}")
+        return host.strip("[]") or "127.0.0.1", int(port)
+
     parser = argparse.ArgumentParser(
         description="Stream cameras to TorchServe and tell what it sees.",
         allow_abbrev=False,
@@ -190,6 +196,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="write the frames with their labels drawn on, as .mp4, .mkv or .avi; several cameras: FILE-1, FILE-2",
+    )
+    outputs.add_argument(
+        "--metrics-port",
+        type=listener,
+        metavar="[ADDRESS:]N",
+        help="serve the books to Prometheus at port N, of 127.0.0.1 unless an address is given",
     )
     outputs.add_argument("--show", action="store_true", help="show the frames with their labels in a window; q quits")
 

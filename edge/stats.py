@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,11 +39,18 @@ class Latencies:
 
     def __init__(self) -> None:
         self.longest_s = 0.0
+        self.total_s = 0.0
         self._classes = Counter[int]()
 
     def add(self, seconds: float) -> None:
         self.longest_s = max(self.longest_s, seconds)
+        self.total_s += seconds
         self._classes[math.floor(math.log(max(seconds, 1e-6), STEP))] += 1
+
+    def counts(self, bounds_s: Sequence[float]) -> list[int]:
+        """Return how many latencies are at most as long as each bound, to 1 %. Any thread may ask."""
+        classes = dict(self._classes)
+        return [sum(count for number, count in classes.items() if STEP**number <= bound) for bound in bounds_s]
 
     def percentile(self, percent: float) -> float:
         """Return the seconds that `percent` % of the latencies do not exceed, to 1 %; 0.0 if there are none."""

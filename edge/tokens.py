@@ -12,7 +12,7 @@ from typing import Any
 import requests
 from requests.auth import AuthBase
 
-from edge.answers import error_text, error_type
+from edge.answers import error_text, refuses_token
 from edge.retries import Health, ServerError, innermost
 
 MOST_TOKENS = 5  # that a single request tries
@@ -78,7 +78,7 @@ class BearerToken(AuthBase):
         """Send a refused request again with another token, as soon as there is one: a response hook of requests."""
         deadline = time.monotonic() + self.patience_s
         replaced = 0
-        while error_type(response) == "InvalidKeyException":
+        while refuses_token(response):
             if replaced < MOST_TOKENS and self._replace(response.request.headers.get("Authorization")):
                 replaced += 1
                 response.close()
@@ -87,7 +87,7 @@ class BearerToken(AuthBase):
                 response = response.connection.send(request, **options)
                 response.request = request
                 continue
-            self._health.bad(f"400 {error_text(response)}")
+            self._health.bad(f"{response.status_code} {error_text(response)}")
             if time.monotonic() >= deadline or self._stop.wait(POLL_S):
                 break
         return response

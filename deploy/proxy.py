@@ -1,0 +1,98 @@
+"""nginx before TorchServe nodes, with deploy/nginx/torchserve.conf, for as long as a `with` block lasts.
+
+Used by demo.py and by the tests: it listens on a free port of 127.0.0.1, and all that it reads and writes is in a
+folder. For real, it goes into the system's nginx as deploy/README.md says.
+"""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from deploy.node import POLL_S, PROJECT, NodeError, end, free_ports
+
+READY_TIMEOUT_S = 30.0
+# nginx is where only root's PATH has it.
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"])
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A running nginx.
+
+    token: of a device called demo.
+    certificate: what a client has to trust.
+    log: a line for each request.
+    """
+
+    url: str
+    token: str
+    certificate: Path
+    log: Path
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables by which request.py gets in."""
+        return {"TORCHSERVE_TOKEN": self.token, "REQUESTS_CA_BUNDLE": str(self.certificate)}
+
+    def nodes_that_answered(self) -> list[str]:
+        """Return for each request that was answered the node, host:port, that did it."""
+        lines = [line.split() for line in self.log.read_text().splitlines()]
+        return [line[-2] for line in lines if line[-1] == "200"]
+
+
+@contextmanager
+def nginx(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
+    """Serve what the nodes, each host:port, serve, until the block ends.
+
+    Raises NodeError if nginx or openssl is missing, or if nginx does not start.
+    """
+    for program in ("nginx", "openssl"):
+        if not shutil.which(program, path=PATH):
+            raise NodeError(f"{program} is not installed: apt install nginx openssl, or brew install nginx openssl")
+    (port,) = free_ports(1)
+    files = folder / "torchserve"
+    files.mkdir(parents=True)
+    example = (PROJECT / "deploy" / "nginx" / "nodes.conf").read_text()
+    options = next(line for line in example.splitlines() if line.startswith("server")).split(maxsplit=2)[2]
+    (files / "nodes.conf").write_text("".join(f"server {node} {options}\n" for node in nodes))
+    token = secrets.token_hex(32)
+    (files / "tokens.conf").write_text(f'"Bearer {token}" demo;\n')
+    certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=localhost"]
+    certificate += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    certificate += ["-keyout", "server.key", "-out", "server.crt"]
+    subprocess.run(certificate, cwd=files, check=True, capture_output=True)
+
+    config = (PROJECT / "deploy" / "nginx" / "torchserve.conf").read_text()
+    for old, new in (("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"), ("/var/log/nginx/", f"{folder}/")):
+        assert old in config
+        config = config.replace(old, new)
+    (folder / "torchserve.conf").write_text(config)
+    temporary = "".join(f"{kind}_temp_path temp;\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    # As root nginx would go on as nobody, who may not read a private temporary folder.
+    user = "user root;\n" if hasattr(os, "geteuid") and os.geteuid() == 0 else ""
+    (folder / "nginx.conf").write_text(
+        f"{user}worker_processes auto;\npid nginx.pid;\nevents {{}}\nhttp {{\n{temporary}include torchserve.conf;\n}}\n"
+    )
+
+    command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "error.log", "-g", "daemon off;"]
+    process = psutil.Popen(command, env=os.environ | {"PATH": PATH}, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while process.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(POLL_S)
+        else:
+            raise NodeError("nginx does not start:\n" + (folder / "error.log").read_text())
+        yield Proxy(f"https://localhost:{port}", token, files / "server.crt", folder / "torchserve.log")
+    finally:
+        end(process)
