@@ -52,6 +52,10 @@ clean:
 .venv/dev: .venv/server
 	$(BIN)/python -m pip install --quiet '.[server,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/window 'opencv-python>=4.10,<6'
+# KServe's classes, which the test of deploy/kubernetes/kserve.yaml asks, without the model server around them. The
+# Kubernetes client is the last one whose classes are made as KServe's are.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/kserve 'kserve==0.21.*' 'kubernetes<36' \
+		python-dateutil six
 	touch $@
 
 .venv/bench: .venv/server

@@ -92,6 +92,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The recipes of README.md, or a cluster, on this machine.")
     parser.add_argument("--cluster", action="store_true", help="two TorchServe nodes behind nginx, and four cameras")
     args = parser.parse_args()
+    # A proxy that the weights may come through has nothing to do with what is on this machine.
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1"]))
     # SIGINT too: a shell that starts us in the background has it ignored. Windows has no SIGHUP.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):

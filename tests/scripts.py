@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from deploy.node import PROJECT, Node
+from deploy.proxy import Proxy
 from tests.fake_server import FakeServer
 
 MODEL = "efficientnet-lite0"
@@ -145,7 +146,7 @@ class Run:
 
 @contextmanager
 def running(
-    node: Node | FakeServer, folder: Path, *arguments: str | Path, environment: dict[str, str] | None = None
+    node: Node | FakeServer | Proxy, folder: Path, *arguments: str | Path, environment: dict[str, str] | None = None
 ) -> Iterator[Run]:
     """Run request.py until the block ends. Arguments that are given win over those that it gets anyway."""
     command = [sys.executable, str(PROJECT / "request.py"), "--url", node.url, "--quiet"]

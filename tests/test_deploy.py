@@ -48,7 +48,6 @@ def demo(scratch: Path, **environment: str) -> "subprocess.Popen[str]":
             "TORCH_HOME": "/nonexistent",
             "https_proxy": nowhere,
             "HTTPS_PROXY": nowhere,
-            "no_proxy": "127.0.0.1",
             **environment,
         },
         stdout=subprocess.PIPE,
