@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -174,6 +175,32 @@ def test_flags_are_all_in_the_readme() -> None:
         flags = set(re.findall(r"--[a-z][a-z_-]+", done.stdout)) - {"--help"}
         assert len(flags) >= 4
         assert [flag for flag in sorted(flags) if f"`{flag}" not in README] == []
+
+
+def test_the_planning_table_is_reckoned_from_the_benchmark() -> None:
+    results = json.loads((PROJECT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+    single = {
+        server: median(each["server_ms"] for each in results["saturation"] if is_ours(each, server))
+        for server in ("ours, fp32", "ours, bf16")
+    }
+    fp32: dict[str, float] = {}
+    for frames, resize in sorted({(each["frames"], each["resize"]) for each in results["growth"]}):
+        times = [
+            each["server_ms"] for each in results["growth"] if (each["frames"], each["resize"]) == (frames, resize)
+        ]
+        name = "any with `--resize 256`" if resize else frames
+        fp32[name] = max(fp32.get(name, 0.0), median(times))
+    faster = {"fp32": 0.0, "bf16": single["ours, fp32"] - single["ours, bf16"]}
+    planning = (PROJECT / "deploy" / "README.md").read_text(encoding="utf-8")
+    for precision, less in faster.items():
+        for name, ms in fp32.items():
+            cost = round(ms - less, 1)
+            cameras = [int(0.7 * 1000 * 2 / (rate * cost)) for rate in (1, 5, 10, 25)]
+            assert f"| {precision}, {name} | {cost} | {' | '.join(map(str, cameras))} |\n" in planning
+
+
+def is_ours(result: dict[str, Any], server: str) -> bool:
+    return bool(result["server"] == server and result["kind"] == "single")
 
 
 def test_the_speed_that_the_readme_tells_is_the_measured_one() -> None:

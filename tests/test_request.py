@@ -200,6 +200,8 @@ def test_unreachable_stream_keeps_its_password(tmp_path: Path) -> None:
         (["--save-video", "out.gif"], "expected a name that ends in .mp4, .mkv, .avi"),
         (["--save-video", "a.mkv", "--jsonl", "./a.mkv"], "a.mkv is an input or another output too"),
         (["--input", "1", "--input", "2", "--save-video", "a.mkv", "--jsonl", "a-2.mkv"], "another output too"),
+        (["--metrics-port", "70000"], "expected a port or ADDRESS:PORT, got '70000'"),
+        (["--metrics-port", "127.0.0.1"], "expected a port or ADDRESS:PORT"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, flags: list[str], message: str) -> None:

@@ -1,0 +1,264 @@
+"""Two TorchServe nodes behind nginx: what gets in, and that one of them may die."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pytest
+import requests
+
+from deploy.demo import node_config
+from deploy.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
+from deploy.proxy import PATH, Proxy, nginx
+from edge.client import BODY_LIMIT, TEST_PICTURE
+from tests.conftest import jpeg, wait_until
+from tests.faults import answered
+from tests.mjpeg_camera import mjpeg_camera
+from tests.scripts import MODEL, Run, archive, books, run, running
+from tests.test_access import INFERENCE, MANAGEMENT, METRICS
+
+pytestmark = pytest.mark.skipif(not shutil.which("nginx", path=PATH), reason="needs nginx: apt install nginx openssl")
+
+FRAMES = 80
+SILENCE_S = 3.0
+PREDICTIONS = f"/predictions/{MODEL}"
+
+
+class Member:
+    """A node of the cluster. It can be killed, and started again in the same place."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        self._folder = folder
+        self._ports = free_ports(NODE_PORTS)
+        self._running = ExitStack()
+        self.address = f"127.0.0.1:{self._ports[0]}"
+        shutil.copytree(store, folder / "model_store")
+        self.start()
+
+    def start(self) -> None:
+        served = torchserve(self._folder, [MODEL], node_config(workers=1), ports=self._ports)
+        self.node: Node = self._running.enter_context(served)
+
+    def family(self) -> list[psutil.Process]:
+        """Return its processes: the launcher, Java, and the worker."""
+        return [self.node.process, *self.node.process.children(recursive=True)]
+
+    def kill(self) -> None:
+        family = self.family()
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=30)
+        self.end()
+
+    def freeze(self) -> None:
+        for process in self.family():
+            process.suspend()
+
+    def thaw(self) -> None:
+        for process in self.family():
+            process.resume()
+
+    def end(self) -> None:
+        self._running.close()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    members: Sequence[Member]
+    proxy: Proxy
+
+    def ask(self, method: str, path: str, body: bytes = b"", token: str | None = None) -> requests.Response:
+        """Ask nginx, with its token unless another one is given; "" is none. The path goes out as it is written."""
+        with requests.Session() as session:
+            session.verify = str(self.proxy.certificate)
+            request = session.prepare_request(requests.Request(method, self.proxy.url, data=body))
+            request.url = self.proxy.url + path
+            if token != "":
+                request.headers["Authorization"] = f"Bearer {token or self.proxy.token}"
+            return session.send(request, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    archive("--model", MODEL, cwd=folder)
+    with ExitStack() as cleanup, ThreadPoolExecutor(2) as threads:
+        folders = [folder / f"node-{number}" for number in (1, 2)]
+        members = list(threads.map(lambda each: Member(each, folder / "model_store"), folders))
+        for member in members:
+            cleanup.callback(member.end)
+        yield Cluster(members, cleanup.enter_context(nginx(folder / "nginx", [each.address for each in members])))
+
+
+@pytest.fixture(scope="module")
+def pictures(clip: list[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.uint8]]:
+    """Small ones, so that two cores are enough for all of it."""
+    return [np.asarray(cv2.resize(frame, (320, 240)), np.uint8) for frame in clip]
+
+
+def longest_silence(request: Run, camera: str) -> float:
+    """Return the longest time in seconds from one answer that was given out to the next one."""
+    return max(after - before for before, after in itertools.pairwise(answered(request, camera)))
+
+
+Fault = tuple[Callable[[Member], None], Callable[[Member], None]]
+
+
+@pytest.mark.parametrize("fault", [(Member.kill, Member.start), (Member.freeze, Member.thaw)], ids=["killed", "frozen"])
+def test_a_node_may_fail(cluster: Cluster, pictures: list[npt.NDArray[np.uint8]], tmp_path: Path, fault: Fault) -> None:
+    """Four cameras, two of them files, two of them in JSON batches: nobody notices, and the node is taken back."""
+    begin, end = fault
+    clip = str(tmp_path / "clip.mp4")
+    writer = cv2.VideoWriter(clip, cv2.VideoWriter.fourcc(*"mp4v"), 3, (320, 240))
+    for frame in pictures[:FRAMES]:
+        writer.write(frame)
+    writer.release()
+    failing = cluster.members[1]
+    with ExitStack() as cleanup:
+        camera = cleanup.enter_context(mjpeg_camera([jpeg(frame) for frame in pictures], fps=3)).url
+        runs = []
+        for name, flags in (("single", []), ("json", ["--client-batching"])):
+            (tmp_path / name).mkdir()
+            command = ["--model", MODEL, "--input", camera, "--input", clip, *flags]
+            environment = cluster.proxy.environment()
+            started = running(cluster.proxy, tmp_path / name, *command, environment=environment)
+            runs.append(cleanup.enter_context(started))
+        wait_until(lambda: all(len(answered(each, camera)) > 10 and answered(each, clip) for each in runs))
+        begin(failing)
+        before = cluster.proxy.nodes_that_answered().count(failing.address)
+        wait_for_answers(runs, camera, 15)
+        assert cluster.proxy.nodes_that_answered().count(failing.address) == before
+        end(failing)
+        wait_until(lambda: cluster.proxy.nodes_that_answered().count(failing.address) > before + 10)
+        wait_until(lambda: all(len(answered(each, clip)) == FRAMES for each in runs))
+        for each in runs:
+            print("SILENCE", longest_silence(each, camera), flush=True)
+            found = each.end()
+            assert all(book["failed"] == "0" for book in found.values()), each.stderr()
+            assert "buffer full" not in each.stderr()
+            assert "gives no answers" not in each.stderr()
+
+
+def wait_for_answers(runs: Sequence[Run], camera: str, count: int) -> None:
+    """Wait until each run has so many more answers of the camera."""
+    targets = [len(answered(each, camera)) + count for each in runs]
+    wait_until(lambda: all(len(answered(each, camera)) >= most for each, most in zip(runs, targets, strict=True)))
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "0" * 64, "' OR 1"], ids=["none", "short", "long", "odd"])
+def test_wrong_token(cluster: Cluster, tmp_path: Path, token: str) -> None:
+    for method, path in (("POST", PREDICTIONS), ("OPTIONS", PREDICTIONS), ("GET", "/"), ("GET", "/models")):
+        response = cluster.ask(method, path, TEST_PICTURE, token)
+        assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert "token" in response.json()["error"]
+    environment = cluster.proxy.environment() | {"TORCHSERVE_TOKEN": token.replace(" ", "_")}
+    done = run("request.py", "--url", cluster.proxy.url, "--model", MODEL, cwd=tmp_path, environment=environment)
+    assert done.returncode == 4
+    told = "refuses the token from TORCHSERVE_TOKEN" if token else "wants a token"
+    assert re.fullmatch(rf"request\.py: {cluster.proxy.url} {told}.*\n", done.stderr)
+
+
+def test_only_tls(cluster: Cluster, tmp_path: Path) -> None:
+    plain = cluster.proxy.url.replace("https", "http")
+    response = requests.post(plain + PREDICTIONS, TEST_PICTURE, timeout=30)
+    assert (response.status_code, response.json()["error"]) == (400, "plain HTTP where TLS is expected: use https://")
+    done = run("request.py", "--url", plain, "--model", MODEL, cwd=tmp_path)
+    assert done.returncode == 4
+    assert "400 plain HTTP where TLS is expected: use https://" in done.stderr
+    done = run("request.py", "--url", cluster.proxy.url, "--model", MODEL, cwd=tmp_path)
+    assert done.returncode == 4
+    assert f"request.py: no trusted TLS connection to {cluster.proxy.url}" in done.stderr
+
+
+def test_nothing_but_predictions(cluster: Cluster) -> None:
+    paths = {path.replace("{MODEL}", MODEL) for _, path in INFERENCE + MANAGEMENT + METRICS} - {PREDICTIONS}
+    paths -= {f"{PREDICTIONS}/1.0"}
+    ways_around = [f"{PREDICTIONS}/../../models", f"{PREDICTIONS}/%2e%2e/%2e%2e/models", "//models", "/%6dodels"]
+    ways_around += [
+        f"{PREDICTIONS}/1.0/../../../models",
+        "/predictions/..%2fmodels",
+        "/predictions/a%3fb",
+        "/predictions/",
+    ]
+    for path in [*sorted(paths), *ways_around]:
+        for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
+            assert cluster.ask(method, path).status_code in (400, 404), (method, path)
+    for method in ("GET", "PUT", "DELETE", "PATCH"):
+        assert cluster.ask(method, PREDICTIONS).status_code == 403
+    for path in (PREDICTIONS, f"{PREDICTIONS}/1.0", f"{PREDICTIONS}?a=b", f"/x/../{PREDICTIONS}"):
+        assert cluster.ask("POST", path, TEST_PICTURE).status_code == 200
+
+
+def test_same_limit_as_torchserve(cluster: Cluster) -> None:
+    assert cluster.ask("POST", PREDICTIONS, bytes(BODY_LIMIT)).json()["error"].startswith("not an image")
+    assert cluster.ask("POST", PREDICTIONS, bytes(BODY_LIMIT + 1)).status_code == 413
+    node = cluster.members[0].node.url
+    assert requests.post(node + PREDICTIONS, bytes(BODY_LIMIT + 1), timeout=30).status_code == 413
+
+
+def test_a_device_gets_its_share(cluster: Cluster) -> None:
+    """16 requests at once, and 429 for what is more."""
+    with ThreadPoolExecutor(40) as threads:
+        asked = [threads.submit(cluster.ask, "POST", PREDICTIONS, TEST_PICTURE) for _ in range(120)]
+        statuses = Counter(each.result().status_code for each in asked)
+    assert set(statuses) == {200, 429}
+    assert statuses[200] >= 16
+
+
+def test_tokens_are_in_no_log(cluster: Cluster) -> None:
+    assert cluster.ask("POST", PREDICTIONS, TEST_PICTURE).ok
+    assert cluster.ask("POST", PREDICTIONS, token="wrong-token").status_code == 401
+    files = [path for path in cluster.proxy.log.parent.rglob("*") if path.is_file() and path.name != "tokens.conf"]
+    assert {path.name for path in files} >= {"torchserve.log", "error.log", "nginx.conf"}
+    for path in files:
+        assert cluster.proxy.token.encode() not in path.read_bytes()
+        assert b"wrong-token" not in path.read_bytes()
+    last = cluster.proxy.log.read_text().splitlines()[-2]
+    assert re.search(rf' demo 127\.0\.0\.1 "POST {PREDICTIONS} HTTP/1\.1" 200 .* node 127\.0\.0\.1:\d+ 200$', last)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="needs 4 cores: with fewer, load and nodes share them")
+def test_two_nodes_do_more_than_one(cluster: Cluster, tmp_path: Path) -> None:
+    assert throughput(cluster.members, tmp_path) > 1.5 * throughput(cluster.members[:1], tmp_path)
+
+
+def throughput(members: Sequence[Member], folder: Path) -> float:
+    """Return the frames a second that nodes answer for the sample clip, through an nginx of their own."""
+    with nginx(folder / f"nginx-{len(members)}", [member.address for member in members]) as proxy:
+        arguments = ["--url", proxy.url, "--model", MODEL, "--quiet", "--fps", "max"]
+        done = run("request.py", *arguments, cwd=folder, environment=proxy.environment())
+    assert done.returncode == 0, done.stderr
+    (book,) = books(done.stderr).values()
+    return float(book["FPS"])
+
+
+def test_make_cluster(tmp_path: Path) -> None:
+    environment = os.environ | {
+        "TORCH_HOME": "/nonexistent",
+        "https_proxy": "http://127.0.0.1:9",
+        "TMPDIR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "deploy.demo", "--cluster"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = books(done.stderr)
+    assert [(name, book["answered"]) for name, book in found.items()] == [
+        (f"camera-{n}.mp4", "375") for n in range(1, 5)
+    ]
+    counts = [int(count) for count in re.findall(r"(?m)^node \S+ answered (\d+) requests$", done.stdout)]
+    assert len(counts) == 2
+    assert min(counts) > 1500 / 4
+    assert list(tmp_path.iterdir()) == []
