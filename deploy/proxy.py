@@ -20,6 +20,7 @@ import psutil
 from deploy.node import POLL_S, PROJECT, NodeError, end, free_ports
 
 READY_TIMEOUT_S = 30.0
+EXAMPLE_NODE = "10.0.0.11:8080"  # in nodes.conf
 # nginx is where only root's PATH has it.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"])
 
@@ -60,9 +61,10 @@ def nginx(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
     (port,) = free_ports(1)
     files = folder / "torchserve"
     files.mkdir(parents=True)
-    example = (PROJECT / "deploy" / "nginx" / "nodes.conf").read_text()
-    options = next(line for line in example.splitlines() if line.startswith("server")).split(maxsplit=2)[2]
-    (files / "nodes.conf").write_text("".join(f"server {node} {options}\n" for node in nodes))
+    example = (PROJECT / "deploy" / "nginx" / "nodes.conf").read_text().splitlines()
+    lines = [line for line in example if line.startswith(f"server {EXAMPLE_NODE} ")]
+    of_nodes = "\n".join(line.replace(EXAMPLE_NODE, node) for node in nodes for line in lines)
+    (files / "nodes.conf").write_text(of_nodes)
     token = secrets.token_hex(32)
     (files / "tokens.conf").write_text(f'"Bearer {token}" demo;\n')
     certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=localhost"]

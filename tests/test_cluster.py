@@ -24,7 +24,8 @@ from deploy.demo import node_config
 from deploy.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
 from deploy.proxy import PATH, Proxy, nginx
 from edge.client import BODY_LIMIT, TEST_PICTURE
-from tests.conftest import jpeg, wait_until
+from tests.conftest import as_json, jpeg, wait_until
+from tests.fake_server import FakeServer
 from tests.faults import answered
 from tests.mjpeg_camera import mjpeg_camera
 from tests.scripts import MODEL, Run, archive, books, run, running
@@ -80,11 +81,14 @@ class Cluster:
     members: Sequence[Member]
     proxy: Proxy
 
-    def ask(self, method: str, path: str, body: bytes = b"", token: str | None = None) -> requests.Response:
+    def ask(
+        self, method: str, path: str, body: bytes | dict[str, str] = b"", token: str | None = None
+    ) -> requests.Response:
         """Ask nginx, with its token unless another one is given; "" is none. The path goes out as it is written."""
         with requests.Session() as session:
             session.verify = str(self.proxy.certificate)
-            request = session.prepare_request(requests.Request(method, self.proxy.url, data=body))
+            content = {"json": body} if isinstance(body, dict) else {"data": body}
+            request = session.prepare_request(requests.Request(method, self.proxy.url, **content))
             request.url = self.proxy.url + path
             if token != "":
                 request.headers["Authorization"] = f"Bearer {token or self.proxy.token}"
@@ -218,6 +222,29 @@ def test_a_device_gets_its_share(cluster: Cluster) -> None:
     assert statuses[200] >= 16
 
 
+@pytest.mark.parametrize("fake", ["good"], indirect=True)
+def test_nodes_get_no_token_and_keep_their_connections(fake: FakeServer, short_clip: Path, tmp_path: Path) -> None:
+    with nginx(tmp_path / "nginx", [f"127.0.0.1:{fake.server_port}"]) as proxy:
+        arguments = ["--url", proxy.url, "--quiet", "--input", str(short_clip), "--max-in-flight", "1"]
+        done = run("request.py", *arguments, cwd=tmp_path, environment=proxy.environment())
+    assert done.returncode == 0, done.stderr
+    assert fake.frames_asked == 22
+    assert fake.tokens == {None}
+    assert len(fake.connections) <= (os.cpu_count() or 1) + 1  # one for each of nginx's workers that was asked
+
+
+def test_requests_that_take_too_long_do_not_close_the_cluster(cluster: Cluster) -> None:
+    """Each of two fails at both nodes, which are to be passed over then; but there are no others."""
+    frames = as_json(*[TEST_PICTURE] * 160)
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(cluster.ask, "POST", PREDICTIONS, frames) for _ in range(2)]
+        assert [each.result().status_code for each in asked] == [504, 504]
+    wait_until(lambda: cluster.ask("POST", PREDICTIONS, TEST_PICTURE).ok)
+    errors = cluster.proxy.log.with_name("error.log").read_text()
+    assert errors.count("upstream timed out") >= 4
+    assert "no live upstreams" not in errors
+
+
 def test_tokens_are_in_no_log(cluster: Cluster) -> None:
     assert cluster.ask("POST", PREDICTIONS, TEST_PICTURE).ok
     assert cluster.ask("POST", PREDICTIONS, token="wrong-token").status_code == 401
@@ -227,7 +254,7 @@ def test_tokens_are_in_no_log(cluster: Cluster) -> None:
         assert cluster.proxy.token.encode() not in path.read_bytes()
         assert b"wrong-token" not in path.read_bytes()
     last = cluster.proxy.log.read_text().splitlines()[-2]
-    assert re.search(rf' demo 127\.0\.0\.1 "POST {PREDICTIONS} HTTP/1\.1" 200 .* node 127\.0\.0\.1:\d+ 200$', last)
+    assert re.search(rf' demo 127\.0\.0\.1 "POST {PREDICTIONS} HTTP/1\.1" 200 .* node 127\.0\.0\.1:\d+.* 200$', last)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="needs 4 cores: with fewer, load and nodes share them")

@@ -248,7 +248,6 @@ def test_same_camera_twice(node: Node, short_clip: Path, tmp_path: Path) -> None
     with running(node, tmp_path, *inputs, "--metrics-port", f"localhost:{port}") as edge:
         wait_until(lambda: edge.lines() > 0)
         page = requests.get(f"http://localhost:{port}/metrics", timeout=10).text
-        edge.end()
     cameras = re.findall(r'(?m)^camera_frames_captured_total\{camera="(.*)"\}', page)
     assert cameras == [f"{short_clip} (input 1)", f"{short_clip} (input 2)"]
 
