@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,9 @@ def gathering_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         yield running
 
 
-@pytest.fixture
-def fake(request: pytest.FixtureRequest) -> Iterator[FakeServer]:
-    server = FakeServer(request.param)
+@contextmanager
+def fake_server(behaviour: str) -> Iterator[FakeServer]:
+    server = FakeServer(behaviour)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -163,6 +164,12 @@ def fake(request: pytest.FixtureRequest) -> Iterator[FakeServer]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeServer]:
+    with fake_server(request.param) as server:
+        yield server
 
 
 @pytest.fixture

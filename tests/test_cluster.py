@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from deploy.demo import node_config
 from deploy.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
 from deploy.proxy import PATH, Proxy, nginx
 from edge.client import BODY_LIMIT, TEST_PICTURE
-from tests.conftest import as_json, jpeg, wait_until
+from tests.conftest import as_json, fake_server, jpeg, wait_until
 from tests.fake_server import FakeServer
 from tests.faults import answered
 from tests.mjpeg_camera import mjpeg_camera
@@ -209,6 +210,7 @@ def test_nothing_but_predictions(cluster: Cluster) -> None:
 def test_same_limit_as_torchserve(cluster: Cluster) -> None:
     assert cluster.ask("POST", PREDICTIONS, bytes(BODY_LIMIT)).json()["error"].startswith("not an image")
     assert cluster.ask("POST", PREDICTIONS, bytes(BODY_LIMIT + 1)).status_code == 413
+    wait_until(lambda: re.search(r"(?m) 413 .* node - -$", cluster.proxy.log.read_text()) is not None)  # none was asked
     node = cluster.members[0].node.url
     assert requests.post(node + PREDICTIONS, bytes(BODY_LIMIT + 1), timeout=30).status_code == 413
 
@@ -224,13 +226,21 @@ def test_a_device_gets_its_share(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 def test_nodes_get_no_token_and_keep_their_connections(fake: FakeServer, short_clip: Path, tmp_path: Path) -> None:
-    with nginx(tmp_path / "nginx", [f"127.0.0.1:{fake.server_port}"]) as proxy:
-        arguments = ["--url", proxy.url, "--quiet", "--input", str(short_clip), "--max-in-flight", "1"]
-        done = run("request.py", *arguments, cwd=tmp_path, environment=proxy.environment())
+    arguments = ["--quiet", "--input", str(short_clip), "--max-in-flight", "1"]
+    done = through_nginx([f"127.0.0.1:{fake.server_port}"], *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert fake.frames_asked == 22
     assert fake.tokens == {None}
     assert len(fake.connections) <= (os.cpu_count() or 1) + 1  # one for each of nginx's workers that was asked
+
+
+def test_a_slow_node_gets_fewer_frames(short_clip: Path, tmp_path: Path) -> None:
+    with fake_server("slow") as slow, fake_server("good") as fast:
+        nodes = [f"127.0.0.1:{server.server_port}" for server in (slow, fast)]
+        arguments = ["--quiet", "--input", str(short_clip), "--max-in-flight", "2"]
+        done = through_nginx(nodes, *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(slow.bodies) < len(fast.bodies) / 2
 
 
 def test_requests_that_take_too_long_do_not_close_the_cluster(cluster: Cluster) -> None:
@@ -263,13 +273,18 @@ def test_two_nodes_do_more_than_one(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def throughput(members: Sequence[Member], folder: Path) -> float:
-    """Return the frames a second that nodes answer for the sample clip, through an nginx of their own."""
-    with nginx(folder / f"nginx-{len(members)}", [member.address for member in members]) as proxy:
-        arguments = ["--url", proxy.url, "--model", MODEL, "--quiet", "--fps", "max"]
-        done = run("request.py", *arguments, cwd=folder, environment=proxy.environment())
+    """Return the frames a second that nodes answer for the sample clip."""
+    addresses = [member.address for member in members]
+    done = through_nginx(addresses, "--model", MODEL, "--quiet", "--fps", "max", folder=folder)
     assert done.returncode == 0, done.stderr
     (book,) = books(done.stderr).values()
     return float(book["FPS"])
+
+
+def through_nginx(nodes: Sequence[str], *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run request.py with an nginx of its own before nodes."""
+    with nginx(Path(tempfile.mkdtemp(dir=folder)) / "nginx", nodes) as proxy:
+        return run("request.py", "--url", proxy.url, *arguments, cwd=folder, environment=proxy.environment())
 
 
 def test_make_cluster(tmp_path: Path) -> None:
