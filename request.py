@@ -192,7 +192,7 @@ def stream(
     unforeseen = [error for error in errors if not isinstance(error, SourceError)]
     if gave_up and not unforeseen:
         raise ServerError(
-            f"{server.url} gave no answer for {args.server_wait:g} s ({server.health.trouble}): see TorchServe's logs/"
+            f"{server.url} gave no answer for {args.server_wait:g} s ({server.health.trouble}): see the server's logs"
         )
     for error in unforeseen + errors:
         raise error

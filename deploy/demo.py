@@ -77,6 +77,7 @@ def cluster(folder: Path, model: str) -> None:
             options += ["--input", f"camera-{number}.mp4"]
         print("\nwith a token of nginx in TORCHSERVE_TOKEN, and its certificate in REQUESTS_CA_BUNDLE:", flush=True)
         run("request.py", *options, folder=folder, environment=proxy.environment())
+        print(f"\nFPS is each camera's: {CAMERAS} files of 25 frames a second, which wait for the server.")
         for address, count in sorted(Counter(proxy.nodes_that_answered()).items()):
             print(f"node {address} answered {count} requests")
     print("nginx and TorchServe have stopped. deploy/README.md says how to do this with machines of your own.")

@@ -5,6 +5,7 @@ folder. For real, it goes into the system's nginx as deploy/README.md says.
 """
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -45,8 +46,8 @@ class Proxy:
 
     def nodes_that_answered(self) -> list[str]:
         """Return for each request that was answered the node, host:port, that did it."""
-        lines = [line.split() for line in self.log.read_text().splitlines()]
-        return [line[-2] for line in lines if line[-1] == "200"]
+        tried = re.findall(r'(?m)" 200 bytes=.* nodes="(.*)" statuses', self.log.read_text())
+        return [nodes.split(", ")[-1] for nodes in tried]
 
 
 @contextmanager

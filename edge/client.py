@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import requests
@@ -39,6 +39,7 @@ TOO_LARGE = "413 one frame is over the server's limit: make it smaller with --re
 GRACE_S = 5.0
 # urllib3 calls itself for each attempt: with more it would come to Python's limit. Whoever has patience begins anew.
 MOST_ATTEMPTS = 100
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 # Asked about before the first frame is read.
 TEST_CAMERA = Camera("test picture")
 TEST_PICTURE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
@@ -127,6 +128,9 @@ class TorchServe:
     def connect(self) -> None:
         """Wait until the server answers. Raises ServerError if it does not, refuses our token or has no such model."""
         self._token.load()
+        address = urlsplit(self.url)
+        if self._token.source and address.scheme == "http" and address.hostname not in LOOPBACK:
+            log.warning("the token goes to %s in plain text, for everybody to read: use https://", self.url)
         # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs nothing.
         deadline = time.monotonic() + self._patience_s
         while True:
@@ -140,7 +144,10 @@ class TorchServe:
                 self._check(future.result())
                 return
             if is_final(error):
-                raise ServerError(f"no trusted TLS connection to {self.url}: {innermost(error)}") from error
+                raise ServerError(
+                    f"no trusted TLS connection to {self.url}: {innermost(error)} (REQUESTS_CA_BUNDLE names the "
+                    f"certificates to trust)"
+                ) from error
             if not isinstance(error, requests.ConnectionError | requests.Timeout):
                 raise ServerError(f"can't use {self.url}: {innermost(error)}") from error
             if time.monotonic() >= deadline:
@@ -150,6 +157,11 @@ class TorchServe:
 
     def _check(self, response: requests.Response) -> None:
         """Raise ServerError if the server refuses our token or does not know the model."""
+        if response.status_code == requests.codes.unauthorized:
+            had = f"refuses the token from {self._token.source}" if self._token.source else "wants a token"
+            raise ServerError(
+                f"{self.url} {had}: set TORCHSERVE_TOKEN to one that the proxy there knows, without the word Bearer"
+            )
         if refuses_token(response) and self._token.source:
             raise ServerError(
                 f"{self.url} refuses the token from {self._token.source}: it is not one of its own, or it has expired "

@@ -8,13 +8,13 @@ from urllib.parse import urlsplit
 import requests
 
 from edge.cameras import redact
+from edge.client import LOOPBACK
 from edge.sinks import SinkError, video_paths
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample_video.mp4"
 # Enough that TorchServe always finds a whole batch waiting while its workers are busy with others; with twice as many,
 # frames only wait longer (benchmarks/README.md).
 BATCHES_IN_FLIGHT = 4
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

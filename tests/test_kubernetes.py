@@ -88,7 +88,9 @@ def test_pods_are_configured_as_other_nodes_but_for_addresses_and_tokens() -> No
     others = settings((PROJECT / "config.properties").read_text())
     models = json.loads(others.pop("models"))
     assert json.loads(pods.pop("models")) == {"resnet-18": models["resnet-18"]}
-    assert pods.pop("disable_token_authorization") == "true"
+    behind_nginx = settings((PROJECT / "deploy" / "nginx" / "node.properties").read_text())
+    for setting in ("disable_token_authorization", "job_queue_size"):
+        assert pods.pop(setting) == behind_nginx[setting]
     for address in ("inference_address", "metrics_address"):
         assert pods.pop(address) == others.pop(address).replace("127.0.0.1", "0.0.0.0")
     assert pods == others

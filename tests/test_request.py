@@ -123,6 +123,20 @@ def test_wrong_token(node: Node, tmp_path: Path) -> None:
     assert "wrong-token" not in error
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such address for itself")
+@pytest.mark.parametrize("fake", ["good"], indirect=True)
+@pytest.mark.parametrize(
+    ("host", "token", "is_told"), [("0.0.0.0", "t", True), ("0.0.0.0", "", False), ("127.0.0.1", "t", False)]
+)
+def test_token_in_plain_text_is_told(
+    fake: FakeServer, short_clip: Path, tmp_path: Path, host: str, token: str, is_told: bool
+) -> None:
+    command = ["request.py", "--url", f"http://{host}:{fake.server_port}", "--input", str(short_clip), "--quiet"]
+    done = run(*command, cwd=tmp_path, environment={"TORCHSERVE_TOKEN": token})
+    assert done.returncode == 0, done.stderr
+    assert ("the token goes to" in done.stderr) == is_told
+
+
 @pytest.mark.parametrize("token", ["two words", "two\nlines", "ß"])
 def test_token_that_is_none(tmp_path: Path, token: str) -> None:
     error = error_of(cwd=tmp_path, code=4, environment={"TORCHSERVE_TOKEN": token})
