@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import get_args
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -16,6 +16,8 @@ from edge.stats import Books, Outcome
 
 # Seconds from capture to answer: from a server that idles to one that is far behind.
 BUCKETS_S = (0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, math.inf)
+
+SCRAPE_TIMEOUT_S = 5.0
 
 
 class BooksCollector(Collector):
@@ -58,6 +60,10 @@ def metrics_page(address: tuple[str, int] | None, books: Mapping[Camera, Books])
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
         raise SinkError(f"can't serve metrics on {host}:{port}: {error.strerror or error}") from error
+    # Who never finishes asking holds a thread and a descriptor no longer than this, and is no news of ours.
+    handler: Any = server.RequestHandlerClass
+    server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SCRAPE_TIMEOUT_S})
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -75,21 +75,25 @@ class BearerToken(AuthBase):
         return request
 
     def _ask_again(self, response: requests.Response, **options: Any) -> requests.Response:
-        """Send a refused request again with another token, as soon as there is one: a response hook of requests."""
+        """Send a refused request again, at once if there is another token: a response hook of requests.
+
+        With the same token too, while there is patience: a proxy may be told of it later than we are.
+        """
         deadline = time.monotonic() + self.patience_s
         replaced = 0
         while refuses_token(response):
             if replaced < MOST_TOKENS and self._replace(response.request.headers.get("Authorization")):
                 replaced += 1
-                response.close()
-                request = response.request.copy()
+            else:
+                self._health.bad(f"{response.status_code} {error_text(response)}")
+                if time.monotonic() >= deadline or self._stop.wait(POLL_S):
+                    break
+            response.close()
+            request = response.request.copy()
+            if self._token:
                 request.headers["Authorization"] = f"Bearer {self._token}"
-                response = response.connection.send(request, **options)
-                response.request = request
-                continue
-            self._health.bad(f"{response.status_code} {error_text(response)}")
-            if time.monotonic() >= deadline or self._stop.wait(POLL_S):
-                break
+            response = response.connection.send(request, **options)
+            response.request = request
         return response
 
     def _replace(self, refused: str | None) -> bool:

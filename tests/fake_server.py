@@ -85,6 +85,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
                 self.reply(200, json.dumps(answers[1:]).encode())
             case "not predictions":
                 self.reply(200, json.dumps([7] * len(answers) if as_json else 7).encode())
+            case "401":
+                self.reply(401, json.dumps({"error": "who are you?"}).encode())
             case "429" | "500" | "502" | "503" | "504" | "507" as status:
                 self.reply(int(status), json.dumps({"code": int(status), "type": "X", "message": "try later"}).encode())
             case "redirect":

@@ -248,6 +248,10 @@ def test_same_camera_twice(node: Node, short_clip: Path, tmp_path: Path) -> None
     with running(node, tmp_path, *inputs, "--metrics-port", f"localhost:{port}") as edge:
         wait_until(lambda: edge.lines() > 0)
         page = requests.get(f"http://localhost:{port}/metrics", timeout=10).text
+        with socket.create_connection(("localhost", port), timeout=20) as half_a_scrape:
+            half_a_scrape.sendall(b"GET /metrics")
+            assert half_a_scrape.recv(1) == b""  # it is ended
+        assert "Traceback" not in edge.stderr()
     cameras = re.findall(r'(?m)^camera_frames_captured_total\{camera="(.*)"\}', page)
     assert cameras == [f"{short_clip} (input 1)", f"{short_clip} (input 2)"]
 

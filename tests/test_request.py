@@ -137,6 +137,17 @@ def test_token_in_plain_text_is_told(
     assert ("the token goes to" in done.stderr) == is_told
 
 
+@pytest.mark.parametrize("fake", ["first 401"], indirect=True)
+@pytest.mark.parametrize("flags", [[], ["--client-batching"]], ids=["single", "json"])
+def test_token_that_a_proxy_gets_to_know_later(
+    fake: FakeServer, short_clip: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    command = ["request.py", "--url", fake.url, "--input", str(short_clip), "--quiet", *flags]
+    done = run(*command, cwd=tmp_path, environment={"TORCHSERVE_TOKEN": "new"})
+    assert done.returncode == 0, done.stderr
+    assert fake.tokens == {"Bearer new"}
+
+
 @pytest.mark.parametrize("token", ["two words", "two\nlines", "ß"])
 def test_token_that_is_none(tmp_path: Path, token: str) -> None:
     error = error_of(cwd=tmp_path, code=4, environment={"TORCHSERVE_TOKEN": token})
