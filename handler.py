@@ -295,7 +295,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
                 found = list(islice(results, len(request)))
                 shared_by = found[0][1]
                 answer = answer_to(body, [result for result, _ in found])
-            if isinstance(request, tuple):
+            else:
                 self.count_refused([request[1]])
             if isinstance(answer, tuple):
                 status, reason = answer

@@ -71,7 +71,10 @@ def nginx(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
     certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=localhost"]
     certificate += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     certificate += ["-keyout", "server.key", "-out", "server.crt"]
-    subprocess.run(certificate, cwd=files, check=True, capture_output=True)
+    try:
+        subprocess.run(certificate, cwd=files, check=True, capture_output=True, text=True, timeout=READY_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        raise NodeError(f"openssl makes no certificate:\n{error.stderr}") from error
 
     config = (PROJECT / "deploy" / "nginx" / "torchserve.conf").read_text()
     for old, new in (("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"), ("/var/log/nginx/", f"{folder}/")):

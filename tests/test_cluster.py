@@ -233,6 +233,11 @@ def test_nodes_get_no_token_and_keep_their_connections(fake: FakeServer, short_c
     assert len(fake.connections) <= (os.cpu_count() or 1) + 1  # one for each of nginx's workers that was asked
 
 
+def test_there_may_be_many_nodes(tmp_path: Path) -> None:
+    with nginx(tmp_path / "nginx", [f"127.0.0.1:{port}" for port in range(20_000, 20_200)]) as proxy:
+        assert Cluster([], proxy).ask("GET", "/").status_code == 404
+
+
 def test_a_slow_node_gets_fewer_frames(short_clip: Path, tmp_path: Path) -> None:
     with fake_server("slow") as slow, fake_server("good") as fast:
         nodes = [f"127.0.0.1:{server.server_port}" for server in (slow, fast)]
