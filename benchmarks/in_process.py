@@ -1,51 +1,14 @@
-"""Our handler without TorchServe: for the ceiling, for other servers with the same model code, and for the tests."""
+"""Our handler without TorchServe, in as many processes as there are workers: the ceiling of all servers here."""
 
-import json
 import multiprocessing
-import tempfile
 import time
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import ts
-import yaml
-from ts.context import Context, RequestProcessor
-from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
-
-from handler import VideoFrameHandler
-
-HTTP = {"host": "127.0.0.1"}  # a header that every request over HTTP has
-
-
-class Model:
-    """An archive of create_mar_file.py, unpacked, its handler loaded in this process.
-
-    Args:
-        archive: the .mar file.
-        batch_size: what TorchServe's batch size would be.
-    """
-
-    def __init__(self, archive: Path, batch_size: int = 4) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(folder)
-            manifest = json.loads(Path(folder, "MAR-INF", "MANIFEST.json").read_text())
-            config = yaml.safe_load(Path(folder, "model-config.yaml").read_text())
-            metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
-            self.context = Context(
-                "resnet-18", folder, manifest, batch_size, None, "0.12.0", metrics=metrics, model_yaml_config=config
-            )
-            self.handler = VideoFrameHandler()
-            self.handler.initialize(self.context)
-
-    def answers(self, bodies: Sequence[Any], headers: Mapping[str, str] = HTTP) -> list[Any]:
-        """Return the answer to each request's body, as TorchServe would get it; statuses are in the context."""
-        self.context.request_processor = [RequestProcessor(dict(headers)) for _ in bodies]
-        return self.handler.handle([{"body": body} for body in bodies], self.context)
+from tests.support.in_process import Model
 
 
 def _classify(archive: Path, images: Sequence[bytes], commands: "Connection[Any, Any]") -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import litserve
 from fastapi import Body
 
-from benchmarks.in_process import Model
+from tests.support.in_process import Model
 
 Raw = Annotated[bytes, Body(media_type="application/octet-stream")]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import mosec
 
-from benchmarks.in_process import Model
+from tests.support.in_process import Model
 
 
 class Frames(mosec.Worker):  # type: ignore[misc]

@@ -32,10 +32,11 @@ import torch
 from torchvision import models
 
 from benchmarks import report
-from benchmarks.in_process import Model, ceiling
+from benchmarks.in_process import ceiling
 from benchmarks.load import saturate
 from benchmarks.servers import RAW, Server, build_archive, original, other, ours
 from deploy.node import PROJECT, java_version
+from tests.support.in_process import Model
 
 HERE = Path(__file__).resolve().parent
 CLIP = PROJECT / "data" / "sample_video.mp4"

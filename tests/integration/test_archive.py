@@ -1,0 +1,161 @@
+"""create_mar_file.py: what is in the archive, and what a user gets when there can be none."""
+
+import hashlib
+import http.server
+import json
+import signal
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import create_mar_file
+from deploy.node import free_ports
+from tests.support.archives import Archives
+from tests.support.scripts import run
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_archive_holds_what_the_answers_depend_on(archives: Archives, weights: Path) -> None:
+    archive = archives.build("resnet-18")
+    assert [path.name for path in archive.parent.iterdir()] == ["resnet-18.mar"]
+    with zipfile.ZipFile(archive) as mar:
+        assert {entry.compress_type for entry in mar.infolist()} == {zipfile.ZIP_STORED}
+        config = yaml.safe_load(mar.read("model-config.yaml"))
+        labels = json.loads(mar.read("index_to_name.json"))
+        manifest = json.loads(mar.read("MAR-INF/MANIFEST.json"))["model"]
+        with mar.open("resnet-18.pth") as file:
+            archived = torch.load(file, weights_only=True)
+    assert config == {
+        "handler": {
+            "network": "resnet-18",
+            "top_k": 5,
+            "threads": 1,
+            "precision": "fp32",
+            "compile": False,
+            "preprocessing": {
+                "resize": 256,
+                "crop": 224,
+                "interpolation": "bilinear",
+                "mean": [0.485, 0.456, 0.406],
+                "std": [0.229, 0.224, 0.225],
+            },
+        }
+    }
+    assert len(labels) == 1000
+    assert [labels["281"], labels["282"], labels["285"]] == ["tabby", "tiger_cat", "Egyptian_cat"]
+    assert not any(" " in label for label in labels.values())
+    assert (manifest["modelName"], manifest["modelVersion"]) == ("resnet-18", "1.0")
+    expected = torch.load(weights, weights_only=True)
+    assert archived.keys() == expected.keys()
+    assert all(torch.equal(archived[key], expected[key]) for key in expected)
+
+
+def test_client_batching_archive_tells_torchserve_not_to_wait(archives: Archives) -> None:
+    with zipfile.ZipFile(archives.build("efficientnet-lite0", "--client-batching")) as mar:
+        config = yaml.safe_load(mar.read("model-config.yaml"))
+    assert (config["batchSize"], config["maxBatchDelay"]) == (1, 1)
+    assert config["handler"]["network"] == "efficientnet-lite0"
+
+
+def test_precision_and_compilation_are_choices_of_the_archive(archives: Archives) -> None:
+    with zipfile.ZipFile(archives.build("resnet-18", "--precision", "bf16", "--compile")) as mar:
+        config = yaml.safe_load(mar.read("model-config.yaml"))
+        with mar.open("resnet-18.pth") as file:
+            archived = torch.load(file, weights_only=True)
+    assert (config["handler"]["precision"], config["handler"]["compile"]) == ("bf16", True)
+    assert config["startupTimeout"] == 600
+    assert archived["conv1.weight"].dtype == torch.float32, "nothing is lost that another choice would need"
+
+
+def test_new_archive_takes_the_place_of_the_old_one_at_once(tmp_path: Path, weights: Path) -> None:
+    store, others = tmp_path / "model_store", tmp_path / "tmp" / "resnet-18"
+    for folder in (store, others):
+        folder.mkdir(parents=True)
+    (store / "resnet-18.mar").write_bytes(b"the archive of yesterday")
+    (others / "precious").write_text("the archiver deletes a folder of this name")
+    with (store / "resnet-18.mar").open("rb") as being_read:
+        done = run("create_mar_file.py", "--weights", weights, cwd=tmp_path, environment={"TMPDIR": str(others.parent)})
+        assert done.returncode == 0, done.stderr
+        # Whoever is reading the old file still has it whole: nothing was written into it.
+        assert being_read.read() == b"the archive of yesterday"
+    assert zipfile.is_zipfile(store / "resnet-18.mar")
+    assert (others / "precious").exists()
+
+
+@pytest.mark.parametrize("network", ["refused", "silent"])
+def test_unreachable_download_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], network: str
+) -> None:
+    """A silent network is given up after DOWNLOAD_TIMEOUT_S, long before the test's own timeout."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if network == "silent":
+            server.listen()  # The system accepts connections, and nobody ever answers.
+        proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for name, value in (("TORCH_HOME", str(tmp_path / "torch")), ("https_proxy", proxy), ("no_proxy", "")):
+            monkeypatch.setenv(name, value)
+            monkeypatch.setenv(name.upper(), value)
+        assert create_mar_file.main([]) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert create_mar_file.RESNET18.url in error
+    assert str(tmp_path / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth") in error
+    assert "--weights FILE" in error
+    assert "--model efficientnet-lite0" in error
+    assert not (tmp_path / "model_store").exists()
+
+
+@pytest.fixture
+def file_server(tmp_path: Path) -> Iterator[str]:
+    """Serve tmp_path/www over HTTP; the value is its address."""
+    root = tmp_path / "www"
+    root.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(root))  # type: ignore[arg-type]
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", free_ports(1)[0]), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_is_checked_and_cached(tmp_path: Path, file_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    content = b"stands for 45 MB of weights"
+    name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    for published in (name, "net-00000000.pth"):
+        (tmp_path / "www" / published).write_bytes(content)
+
+    cached = create_mar_file.download_weights(f"{file_server}/{name}")
+    assert cached == tmp_path / "torch" / "hub" / "checkpoints" / name
+    assert cached.read_bytes() == content
+
+    (tmp_path / "www" / name).unlink()
+    assert create_mar_file.download_weights(f"{file_server}/{name}") == cached
+
+    with pytest.raises(create_mar_file.DownloadError, match="invalid hash"):
+        create_mar_file.download_weights(f"{file_server}/net-00000000.pth")
+    with pytest.raises(create_mar_file.DownloadError, match="404"):
+        create_mar_file.download_weights(f"{file_server}/net-11111111.pth")
+    assert list(cached.parent.iterdir()) == [cached]

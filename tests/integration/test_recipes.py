@@ -1,0 +1,164 @@
+"""README.md: its commands as they stand there, typed in a folder that has the project where the README wants it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.node import PROJECT, java_environment
+from tests.support.frames import CATS, Pixels, frames_of, jpeg
+from tests.support.programs import ISOLATED, needs
+from tests.support.project_copy import copy_project, shorten_clip
+from tests.support.scripts import Output, json_lines, outputs
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+HERE = "examples/image_classifier/near_real_time_video"
+
+SHORT = 60  # frames of the clip for all that is not a recipe: 2.4 s instead of 15
+SHORTEN = f"cp short.mp4 {HERE}/data/sample_video.mp4"
+DESCRIBE = (
+    'curl --fail --silent http://127.0.0.1:8081/models/resnet-18 -H "Authorization: Bearer $(python -c '
+    '\'import json; print(json.load(open("key_file.json"))["management"]["key"])\')"'
+)
+
+
+def commands(section: str) -> list[str]:
+    """Return the lines of a section's bash blocks."""
+    found, heading, fence = [], "", None
+    for line in README.splitlines():
+        if line.startswith("```"):
+            fence = line[3:] if fence is None else None
+        elif fence is None and line.startswith("#"):
+            heading = line.lstrip("# ")
+        elif fence == "bash" and heading == section and line:
+            found.append(line)
+    return found
+
+
+def shown() -> list[list[Any]]:
+    """Return the answers of the outputs that the README shows."""
+    blocks = re.findall(r"(?ms)^```\n(With .*?)```", README)
+    return [output.answers for block in blocks for output in outputs(block)]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with the project in it, and a shorter clip beside it."""
+    copy_project(tmp_path / HERE)
+    shorten_clip(tmp_path / "short.mp4", SHORT)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[dict[str, str]]:
+    """The environment of a user who activated the venv and has ResNet-18's weights in torch's cache.
+
+    The weights are random, as the real ones cannot be had everywhere.
+    """
+    cache = tmp_path_factory.mktemp("torch")
+    (cache / "hub" / "checkpoints").mkdir(parents=True)
+    (cache / "hub" / "checkpoints" / "resnet18-f37072fd.pth").symlink_to(weights)
+    with tempfile.TemporaryDirectory(prefix="ts-") as scratch:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        yield {
+            **os.environ,
+            **java_environment(),
+            "PATH": path,
+            "TORCH_HOME": str(cache),
+            "TMPDIR": scratch,
+            "TEMP": scratch,
+        }
+
+
+def type_in(steps: Mapping[str, str], folder: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Type commands, each of which must succeed; return by their names what each printed on standard output."""
+    lines = [f"{{ {line}\n}} > '{name}.out' 2> '{name}.err'" for name, line in steps.items()]
+    script = "\n".join(["set -e", "ip link set lo up", *lines])
+    done = subprocess.run([*ISOLATED, "bash", "-c", script], cwd=folder, env=environment, timeout=450, check=False)
+    printed = {name: folder / f"{name}.out" for name in steps if (folder / f"{name}.out").exists()}
+    if done.returncode:
+        name, path = list(printed.items())[-1]
+        pytest.fail(f"{steps[name]}\n{path.with_suffix('.err').read_text()}")
+    return {name: path.read_text() for name, path in printed.items()}
+
+
+@needs("unshare", "ip", "curl")
+def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: list[Pixels]) -> None:
+    """Both in real time, and all that the README does beside them."""
+    (workplace / "frame.jpg").write_bytes(jpeg(clip[0]))
+    build, start, stream, stop = commands("TorchServe batches")
+    configure, build_2, start_2, stream_2, stream_10, stop_2 = commands("The client batches")
+    (curl,), (renew,) = commands("How it works"), commands("When something is wrong")
+    (check,), (write,) = commands("Cameras"), commands("Where answers go")
+    keys = "cat key_file.json"
+    first = {"build": build, "start": start, "stream": stream, "describe": DESCRIBE, "curl": curl}
+    first |= {"old keys": keys, "renew": renew, "new keys": keys, "curl again": curl, "listeners": "ss -ltnH"}
+    second = {"configure": configure, "build 2": build_2, "start 2": start_2, "stream 2": stream_2}
+    second |= {"describe 2": DESCRIBE, "keys 2": keys, "listeners 2": "ss -ltnH"}
+    short = {"shorten": SHORTEN, "check": check, "write": write, "stream 10": stream_10}
+    printed = type_in(first | {"stop": stop} | second | short | {"stop 2": stop_2}, workplace, environment)
+
+    description, answer = json.loads(printed["describe"])[0], json.loads(printed["curl"])
+    found = outputs(printed["stream"])
+    assert_shows_the_clip(found, batch_size=4)
+    assert all(0 < output.fps <= 25.5 for output in found), "a file of 25 fps"
+    assert all(len(answer) == 5 for output in found for answer in output.answers)
+    assert (description["batchSize"], description["maxBatchDelay"]) == (4, 5)
+    assert len(answer) == 5
+    old, new = (json.loads(printed[step])["inference"]["key"] for step in ("old keys", "new keys"))
+    assert old != new
+    assert json.loads(printed["curl again"]) == answer
+
+    # The archive's own settings hold, though the first recipe was run in the same folder.
+    batches, description = outputs(printed["stream 2"]), json.loads(printed["describe 2"])[0]
+    assert_shows_the_clip(batches, batch_size=4)
+    assert all(0 < output.fps <= 25.5 for output in batches)
+    assert all(len(output.answers[0]) == 4 for output in batches)
+    assert (description["batchSize"], description["maxBatchDelay"]) == (1, 1)
+    tens = outputs(printed["stream 10"])
+    assert_shows_the_clip(tens, batch_size=10, frames=SHORT)
+    assert [len(output.answers[0]) for output in tens] == [10] * 3
+    assert [line.split()[0] for line in printed["check"].splitlines()] == ["ok"] * 6
+    assert len(json_lines(workplace / "results.jsonl")) == len(frames_of(workplace / "labelled.mp4")) == SHORT
+
+    for started, listeners in (("start", "listeners"), ("start 2", "listeners 2")):
+        assert "Allowed Urls: [none]" in printed[started]
+        listening = {line.split()[3].rpartition(":")[0] for line in printed[listeners].splitlines()}
+        assert listening <= {"127.0.0.1", "[::ffff:127.0.0.1]"}
+        assert len(printed[listeners].splitlines()) == 5
+    key_steps = ("old keys", "new keys", "keys 2")
+    secrets = {key["key"] for step in key_steps for key in json.loads(printed[step]).values()}
+    assert len(secrets) == 3 + 1 + 3
+    shown_on_purpose = {workplace / f"{step}.out" for step in key_steps} | {workplace / "key_file.json"}
+    files = [path for path in workplace.rglob("*") if path.is_file() and path not in shown_on_purpose]
+    names = {path.name for path in files}
+    assert names >= {"ts_log.log", "model_log.log", "access_log.log", "resnet-18.mar", "start.err"}
+    assert any(path.suffix == ".cfg" for path in files), "TorchServe writes snapshots"
+    assert [path for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)] == []
+
+
+@needs("unshare", "ip")
+def test_efficientnet_prints_what_the_readme_shows(workplace: Path, environment: dict[str, str]) -> None:
+    build, start, stream, *stop = commands("Without ResNet-18's weights")
+    steps = {"shorten": SHORTEN, "build": build, "start": start, "stream": stream}
+    found = outputs(type_in(steps | {f"stop {n}": line for n, line in enumerate(stop)}, workplace, environment)["stream"])
+    assert_shows_the_clip(found, batch_size=4, frames=SHORT)
+    assert all(next(iter(answer)) in CATS for output in found for answer in output.answers)
+    frames, (batch,) = shown()
+    assert frames == batch
+    assert len(frames) == 4
+    for in_readme, answer in zip(frames, found[0].answers, strict=True):
+        assert in_readme == pytest.approx(answer, abs=1e-3)
+
+
+def assert_shows_the_clip(found: list[Output], batch_size: int, frames: int = 375) -> None:
+    last = [frames] if frames % 20 else []
+    assert [output.number for output in found] == [*range(20, frames + 1, 20), *last]
+    assert {output.batch_size for output in found} == {batch_size}

@@ -1,0 +1,154 @@
+"""edge/cameras.py with network streams: cut, stalled and mute cameras, and such as change."""
+
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from deploy.node import free_ports
+from edge.cameras import OPEN_TIMEOUT_MS, Camera, Frame, SourceError
+from tests.support.frames import jpeg
+from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
+from tests.support.scripts import wait_until
+
+
+def pictures(count: int, size: tuple[int, int] = (48, 64)) -> list[bytes]:
+    """Return pictures, height x width, each brighter than the one before."""
+    return [jpeg(np.full((*size, 3), 10 * number, np.uint8)) for number in range(count)]
+
+
+def size(frame: Frame) -> tuple[int, int]:
+    """Return a frame's height and width."""
+    image = cv2.imdecode(np.frombuffer(frame.jpeg, np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None
+    return image.shape[0], image.shape[1]
+
+
+def stream_again(server: MjpegCamera, caplog: pytest.LogCaptureFixture) -> None:
+    """Have a camera stream again as soon as it was reported as lost, or as not there."""
+
+    def wait_and_stream() -> None:
+        wait_until(lambda: caplog.messages != [])
+        server.mode = "streaming"
+
+    threading.Thread(target=wait_and_stream).start()
+
+
+def test_file_is_repeated_without_opening_it_again(short_clip: Path, stop: threading.Event) -> None:
+    """OpenCV opens one source at a time: a camera that never answers would hold up a file at each of its ends.
+
+    50 frames take 0.5 s, and OpenCV waits 5 s for the camera.
+    """
+    with mjpeg_camera(pictures(1)) as mute:
+        mute.mode = "mute"
+        frames = Camera(str(short_clip), loop=True).frames(stop)
+        first = next(frames)
+        thread = threading.Thread(target=lambda: list(Camera(mute.url).frames(stop)))
+        thread.start()
+        repeated = [next(frames) for _ in range(50)]
+        assert repeated[-1].captured_at - first.captured_at < 0.8 * OPEN_TIMEOUT_MS / 1000
+        stop.set()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_stream_that_is_cut_goes_on_when_it_is_back(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    with mjpeg_camera(pictures(20)) as server:
+        camera = Camera(server.url.replace("http://", "http://admin:hunter2@") + "?user=admin&pwd=hunter2&channel=1")
+        assert camera.is_live
+        frames = camera.frames(stop)
+        before = [next(frames) for _ in range(5)]
+        server.mode = "cut"
+        stream_again(server, caplog)
+        after = [next(frames) for _ in range(60)]  # more than what was on its way when the stream was cut
+        assert [frame.number for frame in before + after] == list(range(1, 66))
+        assert server.streams == 2
+        name = f"http://127.0.0.1:{server.server_port}/live?user=***&pwd=***&channel=1"
+        assert camera.name == name
+    lost, back = caplog.messages
+    assert lost == f"{name}: the camera is lost, no more frames come; trying until it is back"
+    assert back.startswith(f"{name}: the camera is back after ")
+    assert "hunter2" not in caplog.text
+
+
+def test_stream_that_stalls_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("edge.cameras.READ_TIMEOUT_MS", 500)
+    with mjpeg_camera(pictures(20)) as server:
+        frames = Camera(server.url).frames(stop)
+        next(frames)
+        server.mode = "stalled"
+        stream_again(server, caplog)
+        seen = 0
+        while server.streams < 2 or len(caplog.messages) < 2:
+            next(frames)
+            seen += 1
+            assert seen < 1000
+    assert "is back" in caplog.messages[1]
+
+
+def test_stream_that_never_answers_is_given_up_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("edge.cameras.OPEN_TIMEOUT_MS", 500)
+    with mjpeg_camera(pictures(20)) as server:
+        server.mode = "mute"
+        stream_again(server, caplog)
+        assert next(Camera(server.url).frames(stop)).number == 1
+        assert "can't open" in caplog.messages[0]
+        server.mode = "mute"
+        with pytest.raises(SourceError, match="can't open"):
+            Camera(server.url).check()
+
+
+def test_stream_may_be_absent_at_the_start(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    (port,) = free_ports(1)
+    frames = Camera(f"http://127.0.0.1:{port}/live").frames(stop)
+    arrived: list[Frame] = []
+    thread = threading.Thread(target=lambda: arrived.append(next(frames)))
+    thread.start()
+    wait_until(lambda: caplog.messages != [])
+    assert not arrived
+    with mjpeg_camera(pictures(20), port=port):
+        thread.join(60)
+        assert [frame.number for frame in arrived] == [1]
+    assert ["is not there" in caplog.messages[0], "is back" in caplog.messages[1]] == [True, True]
+
+
+def test_stream_may_change_its_resolution(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    with mjpeg_camera(pictures(5, (48, 64)) + pictures(5, (96, 128))) as server:
+        frames = Camera(server.url).frames(stop)
+        assert [next(frames).number for _ in range(30)] == list(range(1, 31))
+        server.pictures = pictures(10, (96, 128))
+        server.mode = "cut"
+        stream_again(server, caplog)
+        for frame in frames:
+            if size(frame) == (96, 128):
+                break
+            assert frame.number < 200
+
+
+def test_stream_that_slows_down_is_not_lost(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    with mjpeg_camera(pictures(20)) as server:
+        frames = Camera(server.url).frames(stop)
+        next(frames)
+        server.fps = 1
+        slow = [next(frames), next(frames)]
+        while slow[1].captured_at - slow[0].captured_at < 0.8:
+            slow = [slow[1], next(frames)]
+        assert server.streams == 1
+        assert caplog.messages == []
+
+
+def test_live_source_is_sampled_down(stop: threading.Event) -> None:
+    with mjpeg_camera(pictures(20), fps=40) as server:
+        frames = Camera(server.url, fps=10).frames(stop)
+        captured_at = [next(frames).captured_at for _ in range(21)]
+        assert captured_at[-1] - captured_at[0] >= 19 / 10
+        frames.close()  # type: ignore[attr-defined]  # a generator
+        faster = Camera(server.url, fps=1e6).frames(stop)
+        shades = [cv2.imdecode(np.frombuffer(next(faster).jpeg, np.uint8), 0).mean() for _ in range(10)]  # type: ignore[union-attr]
+        assert shades == pytest.approx(range(0, 100, 10), abs=2), "no frame is left out"

@@ -1,0 +1,263 @@
+"""Two TorchServe nodes behind nginx: what gets in, and that one of them may die."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from deploy.demo import node_config
+from deploy.node import NODE_PORTS, Node, free_ports, torchserve
+from deploy.proxy import Proxy, nginx
+from edge.client import BODY_LIMIT, TEST_PICTURE
+from tests.support.archives import TINY, Archives
+from tests.support.endpoints import INFERENCE, MANAGEMENT, METRICS
+from tests.support.fake_server import FakeServer, fake_server
+from tests.support.frames import Pixels, jpeg, small, write_video
+from tests.support.mjpeg_camera import mjpeg_camera
+from tests.support.programs import needs
+from tests.support.scripts import MODEL, Run, run, running, wait_until
+
+pytestmark = needs("nginx", "openssl")
+
+FRAMES = 60
+TAKEN_BACK_S = 5.0  # fail_timeout of deploy/nginx/nodes.conf
+PREDICTIONS = f"/predictions/{MODEL}"
+
+
+class Member:
+    """A node of the cluster. It can be killed, and started again in the same place."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports = free_ports(NODE_PORTS)
+        self._running = ExitStack()
+        self.address = f"127.0.0.1:{self._ports[0]}"
+        self.start()
+
+    def start(self) -> None:
+        served = torchserve(self._folder, [MODEL], node_config(workers=1), ports=self._ports)
+        self.node: Node = self._running.enter_context(served)
+
+    def family(self) -> list[psutil.Process]:
+        """Return its processes: the launcher, Java, and the worker."""
+        return [self.node.process, *self.node.process.children(recursive=True)]
+
+    def kill(self) -> None:
+        family = self.family()
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=30)
+        self.end()
+
+    def freeze(self) -> None:
+        for process in self.family():
+            process.suspend()
+
+    def thaw(self) -> None:
+        for process in self.family():
+            process.resume()
+
+    def end(self) -> None:
+        self._running.close()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    members: Sequence[Member]
+    proxy: Proxy
+
+    def ask(self, method: str, path: str, body: bytes = b"", token: str | None = None) -> requests.Response:
+        """Ask nginx, with its token unless another one is given; "" is none. The path goes out as it is written."""
+        with requests.Session() as session:
+            session.verify = str(self.proxy.certificate)
+            request = session.prepare_request(requests.Request(method, self.proxy.url, data=body))
+            request.url = self.proxy.url + path
+            if token != "":
+                request.headers["Authorization"] = f"Bearer {token or self.proxy.token}"
+            return session.send(request, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[Cluster]:
+    """Two nodes behind nginx. Their network sees tiny frames, so that any machine has time for what the cameras send."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with ExitStack() as cleanup, ThreadPoolExecutor(2) as threads:
+        folders = [folder / f"node-{number}" for number in (1, 2)]
+        for each in folders:
+            archives.store(each, archives.build(MODEL, crop=TINY))
+        members = list(threads.map(Member, folders))
+        for member in members:
+            cleanup.callback(member.end)
+        yield Cluster(members, cleanup.enter_context(nginx(folder / "nginx", [each.address for each in members])))
+
+
+Fault = tuple[Callable[[Member], None], Callable[[Member], None]]
+
+
+@pytest.mark.parametrize("fault", [(Member.kill, Member.start), (Member.freeze, Member.thaw)], ids=["killed", "frozen"])
+def test_a_node_may_fail(cluster: Cluster, clip: list[Pixels], tmp_path: Path, fault: Fault) -> None:
+    """Four cameras, two of them files, two of them in JSON batches: nobody notices, and the node is taken back."""
+    begin, end = fault
+    pictures = [small(frame) for frame in clip]
+    video = str(write_video(tmp_path / "clip.mp4", pictures[:FRAMES], 3))
+    failing = cluster.members[1]
+    with ExitStack() as cleanup:
+        camera = cleanup.enter_context(mjpeg_camera([jpeg(frame) for frame in pictures], fps=3)).url
+        runs = []
+        for name, flags in (("single", []), ("json", ["--client-batching"])):
+            (tmp_path / name).mkdir()
+            command = ["--model", MODEL, "--input", camera, "--input", video, *flags]
+            environment = cluster.proxy.environment()
+            started = running(cluster.proxy, tmp_path / name, *command, environment=environment)
+            runs.append(cleanup.enter_context(started))
+        wait_until(lambda: all(len(each.answered(camera)) > 10 and each.answered(video) for each in runs))
+        begin(failing)
+        before = cluster.proxy.nodes_that_answered().count(failing.address)
+        wait_for_answers(runs, camera, 15)
+        assert cluster.proxy.nodes_that_answered().count(failing.address) == before
+        end(failing)
+        wait_until(lambda: cluster.proxy.nodes_that_answered().count(failing.address) > before + 10)
+        wait_until(lambda: all(len(each.answered(video)) == FRAMES for each in runs))
+        for each in runs:
+            found = each.end()
+            assert all(book["failed"] == "0" for book in found.values()), each.stderr()
+            assert "buffer full" not in each.stderr()
+            assert "gives no answers" not in each.stderr()
+
+
+def wait_for_answers(runs: Sequence[Run], camera: str, count: int) -> None:
+    """Wait until each run has so many more answers of the camera."""
+    targets = [len(each.answered(camera)) + count for each in runs]
+    wait_until(lambda: all(len(each.answered(camera)) >= most for each, most in zip(runs, targets, strict=True)))
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "0" * 64, "' OR 1"], ids=["none", "short", "long", "odd"])
+def test_wrong_token(cluster: Cluster, tmp_path: Path, token: str) -> None:
+    for method, path in (("POST", PREDICTIONS), ("OPTIONS", PREDICTIONS), ("GET", "/"), ("GET", "/models")):
+        response = cluster.ask(method, path, TEST_PICTURE, token)
+        assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert "token" in response.json()["error"]
+    environment = cluster.proxy.environment() | {"TORCHSERVE_TOKEN": token.replace(" ", "_")}
+    done = run("request.py", "--url", cluster.proxy.url, "--model", MODEL, cwd=tmp_path, environment=environment)
+    assert done.returncode == 4
+    told = "refuses the token from TORCHSERVE_TOKEN" if token else "wants a token"
+    assert re.fullmatch(rf"request\.py: {cluster.proxy.url} {told}.*\n", done.stderr)
+
+
+def test_only_tls(cluster: Cluster, tmp_path: Path) -> None:
+    plain = cluster.proxy.url.replace("https", "http")
+    response = requests.post(plain + PREDICTIONS, TEST_PICTURE, timeout=30)
+    assert (response.status_code, response.json()["error"]) == (400, "plain HTTP where TLS is expected: use https://")
+    done = run("request.py", "--url", plain, "--model", MODEL, cwd=tmp_path)
+    assert done.returncode == 4
+    assert "400 plain HTTP where TLS is expected: use https://" in done.stderr
+    done = run("request.py", "--url", cluster.proxy.url, "--model", MODEL, cwd=tmp_path)
+    assert done.returncode == 4
+    assert f"request.py: no trusted TLS connection to {cluster.proxy.url}" in done.stderr
+
+
+def test_nothing_but_predictions(cluster: Cluster) -> None:
+    paths = {path.replace("{MODEL}", MODEL) for _, path in INFERENCE + MANAGEMENT + METRICS} - {PREDICTIONS}
+    paths -= {f"{PREDICTIONS}/1.0"}
+    ways_around = [f"{PREDICTIONS}/../../models", f"{PREDICTIONS}/%2e%2e/%2e%2e/models", "//models", "/%6dodels"]
+    ways_around += [
+        f"{PREDICTIONS}/1.0/../../../models",
+        "/predictions/..%2fmodels",
+        "/predictions/a%3fb",
+        "/predictions/",
+    ]
+    for path in [*sorted(paths), *ways_around]:
+        for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
+            assert cluster.ask(method, path).status_code in (400, 404), (method, path)
+    for method in ("GET", "PUT", "DELETE", "PATCH"):
+        assert cluster.ask(method, PREDICTIONS).status_code == 403
+    for path in (PREDICTIONS, f"{PREDICTIONS}/1.0", f"{PREDICTIONS}?a=b", f"/x/../{PREDICTIONS}"):
+        assert cluster.ask("POST", path, TEST_PICTURE).status_code == 200
+
+
+def test_same_limit_as_torchserve(cluster: Cluster) -> None:
+    assert cluster.ask("POST", PREDICTIONS, bytes(BODY_LIMIT)).json()["error"].startswith("not an image")
+    assert cluster.ask("POST", PREDICTIONS, bytes(BODY_LIMIT + 1)).status_code == 413
+    wait_until(
+        lambda: re.search(r'(?m)" 413 .* nodes="-" statuses="-"$', cluster.proxy.log.read_text()) is not None
+    )  # none was asked
+    node = cluster.members[0].node.url
+    assert requests.post(node + PREDICTIONS, bytes(BODY_LIMIT + 1), timeout=30).status_code == 413
+
+
+def test_a_device_gets_its_share(tmp_path: Path) -> None:
+    """16 requests at once, and 429 for what is more. Each node keeps each request for 0.5 s."""
+    with fake_server("slow") as one, fake_server("slow") as other:
+        nodes = [f"127.0.0.1:{server.server_port}" for server in (one, other)]
+        with nginx(tmp_path / "nginx", nodes) as proxy, ThreadPoolExecutor(40) as threads:
+            cluster = Cluster([], proxy)
+            asked = [threads.submit(cluster.ask, "POST", PREDICTIONS, TEST_PICTURE) for _ in range(80)]
+            statuses = Counter(each.result().status_code for each in asked)
+    assert set(statuses) == {200, 429}
+    assert statuses[200] >= 16
+
+
+@pytest.mark.parametrize("fake", ["good"], indirect=True)
+def test_nodes_get_no_token_and_keep_their_connections(fake: FakeServer, short_clip: Path, tmp_path: Path) -> None:
+    arguments = ["--quiet", "--input", str(short_clip), "--max-in-flight", "1"]
+    done = through_nginx([f"127.0.0.1:{fake.server_port}"], *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert fake.frames_asked == 22
+    assert fake.tokens == {None}
+    assert len(fake.connections) <= (os.cpu_count() or 1) + 1  # one for each of nginx's workers that was asked
+
+
+def test_there_may_be_many_nodes(tmp_path: Path) -> None:
+    with nginx(tmp_path / "nginx", [f"127.0.0.1:{port}" for port in range(20_000, 20_200)]) as proxy:
+        assert Cluster([], proxy).ask("GET", "/").status_code == 404
+
+
+def test_a_slow_node_gets_fewer_frames(short_clip: Path, tmp_path: Path) -> None:
+    with fake_server("slow") as slow, fake_server("good") as fast:
+        nodes = [f"127.0.0.1:{server.server_port}" for server in (slow, fast)]
+        arguments = ["--quiet", "--input", str(short_clip), "--max-in-flight", "2"]
+        done = through_nginx(nodes, *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(slow.bodies) < len(fast.bodies) / 2
+
+
+def test_nodes_that_all_seem_to_have_failed_are_asked_all_the_same(tmp_path: Path) -> None:
+    """Each of two requests took each of two nodes too long; nobody is to wait until they are taken back for that."""
+    with fake_server("first silent") as one, fake_server("first silent") as other:
+        nodes = [f"127.0.0.1:{server.server_port}" for server in (one, other)]
+        with nginx(tmp_path / "nginx", nodes) as proxy, ThreadPoolExecutor(2) as threads:
+            cluster = Cluster([], proxy)
+            assert all(cluster.ask("POST", PREDICTIONS, TEST_PICTURE).ok for _ in nodes)
+            asked = [threads.submit(cluster.ask, "POST", PREDICTIONS, body) for body in (b"1", b"2")]
+            assert [each.result().status_code for each in asked] == [504, 504]
+            wait_until(lambda: cluster.ask("POST", PREDICTIONS, b"1").ok, timeout_s=0.8 * TAKEN_BACK_S)
+
+
+def test_tokens_are_in_no_log(cluster: Cluster) -> None:
+    assert cluster.ask("POST", PREDICTIONS, TEST_PICTURE).ok
+    assert cluster.ask("POST", PREDICTIONS, token="wrong-token").status_code == 401
+    files = [path for path in cluster.proxy.log.parent.rglob("*") if path.is_file() and path.name != "tokens.conf"]
+    assert {path.name for path in files} >= {"torchserve.log", "error.log", "nginx.conf"}
+    for path in files:
+        assert cluster.proxy.token.encode() not in path.read_bytes()
+        assert b"wrong-token" not in path.read_bytes()
+    last = cluster.proxy.log.read_text().splitlines()[-2]
+    expected = rf' device="demo" client=127\.0\.0\.1 "POST {PREDICTIONS} HTTP/1\.1" 200 .* statuses="(\d+, )?200"$'
+    assert re.search(expected, last)
+
+
+def through_nginx(nodes: Sequence[str], *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run request.py with an nginx of its own before nodes."""
+    with nginx(Path(tempfile.mkdtemp(dir=folder)) / "nginx", nodes) as proxy:
+        return run("request.py", "--url", proxy.url, *arguments, cwd=folder, environment=proxy.environment())

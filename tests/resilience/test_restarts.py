@@ -1,0 +1,132 @@
+"""request.py when a real TorchServe is stopped, started again, or does not take its token any more."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from deploy.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
+from tests.support.archives import TINY, Archives
+from tests.support.nodes import rotate_token
+from tests.support.scripts import MODEL, books, json_lines, run, running
+
+TOKEN_S = 3.0
+
+
+class ShortTokens:
+    """A TorchServe whose tokens live for TOKEN_S seconds. It can be stopped, and started again in the same place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.node: Node
+        self._ports = free_ports(NODE_PORTS)
+        self._running = ExitStack()
+        self.start()
+
+    def start(self) -> None:
+        config = (PROJECT / "config.properties").read_text()
+        config += f"\ntoken_expiration_min={TOKEN_S / 60}\ndefault_workers_per_model=1\n"
+        self.node = self._running.enter_context(torchserve(self.folder, [MODEL], config, ports=self._ports))
+
+    def stop(self) -> None:
+        self._running.close()
+
+    def renewals(self) -> int:
+        return self.node.log().count('"GET /token?type=inference')
+
+
+@pytest.fixture(scope="module")
+def short_tokens(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[ShortTokens]:
+    folder = tmp_path_factory.mktemp("short_tokens")
+    archives.store(folder, archives.build(MODEL, crop=TINY))
+    server = ShortTokens(folder)
+    yield server
+    server.stop()
+
+
+def test_stream_outlives_its_tokens(short_tokens: ShortTokens, long_clip: Path, tmp_path: Path) -> None:
+    """Each is renewed with the API key when it is refused, and no sooner; nothing is lost."""
+    node = short_tokens.node
+    first, before, begin = node.token(), short_tokens.renewals(), time.monotonic()
+    command = ["--input", str(long_clip), "--loop", "--management-url", node.management_url]
+    with running(node, tmp_path, *command) as request:
+        request.wait_until(lambda: short_tokens.renewals() >= before + 3)
+        answered = request.lines()
+        request.wait_until(lambda: request.lines() > answered)
+        (book,) = request.end().values()
+    seconds = time.monotonic() - begin
+    assert book["failed"] == "0", request.stderr()
+    assert {line["error"] for line in json_lines(request.output)} <= {None, "the run ended"}
+    assert short_tokens.renewals() - before <= seconds / TOKEN_S + 1
+    assert node.token() != first
+    assert first not in request.stderr()
+
+
+def test_refused_token_without_a_file_ends_a_file_s_run(
+    short_tokens: ShortTokens, long_clip: Path, tmp_path: Path
+) -> None:
+    rotate_token(short_tokens.node)
+    command = ["--model", MODEL, "--url", short_tokens.node.url, "--input", long_clip, "--loop", "--quiet"]
+    environment = {"TORCHSERVE_TOKEN": short_tokens.node.token()}
+    done = run("request.py", *command, "--server-wait", "3", cwd=tmp_path, environment=environment)
+    assert done.returncode == 4
+    assert "gives no answers (400 Token Authorization failed" in done.stderr
+    (book,) = books(done.stderr).values()
+    assert int(book["answered"]) > 0
+    assert int(book["failed"]) > 0
+
+
+def test_copy_of_a_key_file_is_renewed_once_and_told(
+    short_tokens: ShortTokens, long_clip: Path, tmp_path: Path
+) -> None:
+    """Each renewal would shut out all others who have the token."""
+    node = short_tokens.node
+    key_file = tmp_path / "copy.json"
+    key_file.write_text((node.folder / "key_file.json").read_text())
+    rotate_token(node)
+    before = short_tokens.renewals()
+    done = run(
+        "request.py", "--model", MODEL, "--url", node.url, "--management-url", node.management_url,
+        "--token-file", key_file, "--input", long_clip, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert f"TorchServe has a new token, but {key_file} does not: is it a copy?" in done.stderr
+    assert short_tokens.renewals() - before == 1
+    assert json.loads(key_file.read_text())["API"]["key"] not in done.stderr
+
+
+def test_file_loses_nothing_when_the_server_restarts(
+    short_tokens: ShortTokens, long_clip: Path, tmp_path: Path
+) -> None:
+    url = short_tokens.node.url
+    flags = ["--input", str(long_clip), "--management-url", short_tokens.node.management_url, "--server-wait", "300"]
+    with running(short_tokens.node, tmp_path, *flags) as request:
+        request.wait_until(lambda: request.lines() > 20)
+        short_tokens.stop()
+        request.wait_until(lambda: f"{url} gives no answers (" in request.stderr())
+        short_tokens.start()
+        assert request.process.wait(timeout=120) == 0, request.stderr()
+    lines = json_lines(request.output)
+    assert len(lines) == 100
+    assert {line["outcome"] for line in lines} == {"answered"}
+    assert f"{url} answers again after " in request.stderr()
+
+
+def test_file_waits_for_a_dead_server_only_so_long(short_tokens: ShortTokens, long_clip: Path, tmp_path: Path) -> None:
+    """The last test of this server: it is not started again."""
+    flags = ["--input", str(long_clip), "--loop", "--server-wait", "4"]
+    flags += ["--management-url", short_tokens.node.management_url]
+    with running(short_tokens.node, tmp_path, *flags) as request:
+        request.wait_until(lambda: request.lines() > 20)
+        short_tokens.stop()
+        assert request.process.wait(timeout=120) == 4, request.stderr()
+    last = request.stderr().splitlines()[-1]
+    assert last.startswith(f"request.py: {short_tokens.node.url} gave no answer for 4 s (")
+    (book,) = books(request.stderr()).values()
+    lines = json_lines(request.output)
+    assert len(lines) == int(book["captured"])
+    assert int(book["failed"]) > 0
+    assert {line["error"] for line in lines if line["outcome"] == "dropped"} <= {"the run ended"}

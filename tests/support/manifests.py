@@ -1,0 +1,11 @@
+"""The manifests of deploy/kubernetes/."""
+
+import yaml
+
+from deploy.node import PROJECT
+
+FOLDER = PROJECT / "deploy" / "kubernetes"
+DOCUMENTS = {document["kind"]: document for document in yaml.safe_load_all((FOLDER / "torchserve.yaml").read_text())}
+SERVICE = yaml.safe_load((FOLDER / "kserve.yaml").read_text())
+POD = DOCUMENTS["Deployment"]["spec"]["template"]
+(CONTAINER,) = POD["spec"]["containers"]

@@ -1,0 +1,43 @@
+"""Programs that some tests need besides what pip installs."""
+
+import os
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+
+from deploy.proxy import PATH
+
+# Program -> the command that installs it.
+INSTALL = {
+    "curl": "apt-get install curl",
+    "faketime": "apt-get install faketime",
+    "g++": "apt-get install g++",
+    "ip": "apt-get install iproute2",
+    "nginx": "apt-get install nginx",
+    "openssl": "apt-get install openssl",
+    "prometheus": "apt-get install prometheus",
+    "promtool": "apt-get install prometheus",
+    "unshare": "apt-get install util-linux (and Linux namespaces must be permitted)",
+    "xdotool": "apt-get install xdotool",
+    "Xvfb": "apt-get install xvfb",
+}
+# For commands that mount, or use ports and files which a user's own programs may be using: a network, processes and
+# mounts of their own, which end with the first of them.
+ISOLATED = ["unshare", "--net", "--pid", "--mount", "--map-root-user", "--fork", "--mount-proc", "--kill-child"]
+
+
+@cache
+def is_there(program: str) -> bool:
+    """Whether a program can be used."""
+    if shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), PATH])) is None:
+        return False
+    return program != "unshare" or subprocess.run([*ISOLATED, "true"], capture_output=True).returncode == 0
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """Skip a test where a program is missing. The reason has a line for each of them, see tests/conftest.py."""
+    missing = [program for program in programs if not is_there(program)]
+    reason = "\n".join(f"{program} is missing: {INSTALL[program]}" for program in missing)
+    return pytest.mark.skipif(bool(missing), reason=reason)

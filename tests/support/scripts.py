@@ -1,0 +1,195 @@
+"""The project's scripts, run as a user runs them, and what they print and write."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from deploy.node import PROJECT, Node
+from deploy.proxy import Proxy
+from tests.support.fake_server import FakeServer
+
+MODEL = "efficientnet-lite0"
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    """Wait for a condition. The timeout is there so that nothing hangs; it claims nothing about the machine's speed."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {timeout_s:g} s"
+        time.sleep(0.05)
+
+
+def run(
+    script: str, *arguments: str | Path, cwd: Path, environment: dict[str, str] | None = None, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's scripts in a directory, as a user would, whatever it returns."""
+    return subprocess.run(
+        [sys.executable, str(PROJECT / script), *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | (environment or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of request.py: the line with the rate, and the answers under it."""
+
+    batch_size: int
+    number: int
+    fps: float
+    answers: list[Any]
+
+
+def outputs(stdout: str) -> list[Output]:
+    """Parse all that request.py printed on standard output; anything that isn't as in the README fails."""
+    found = []
+    decoder = json.JSONDecoder()
+    while stdout:
+        line = re.match(r"With Batch Size (\d+), FPS at frame number (\d+) is (\d+\.\d)\n", stdout)
+        assert line, f"not an output of request.py: {stdout[:200]!r}"
+        stdout = stdout[line.end() :]
+        answers = []
+        while stdout and not stdout.startswith("With"):
+            answer, end = decoder.raw_decode(stdout)
+            assert stdout[:end] == json.dumps(answer, indent=2)
+            answers.append(answer)
+            stdout = stdout[end:].removeprefix("\n")
+        found.append(Output(int(line[1]), int(line[2]), float(line[3]), answers))
+    return found
+
+
+def books(stderr: str) -> dict[str, dict[str, str]]:
+    """Return the table that request.py printed at its end: camera -> column -> cell, and check that it adds up."""
+    lines = stderr.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("camera "))
+    columns = re.split(r" {2,}", lines[start])
+    found = {}
+    for line in lines[start + 1 :]:
+        cells = re.split(r" {2,}", line)
+        if len(cells) != len(columns):
+            break
+        row = dict(zip(columns, cells, strict=True))
+        assert int(row["captured"]) == sum(int(row[name]) for name in ("answered", "failed", "dropped", "expired"))
+        found[row["camera"]] = row
+    return found
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return what --jsonl wrote, and check that every camera's frames are there once and in order."""
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # The last line may just be being written.
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in whole.splitlines()]
+    numbers: dict[str, list[int]] = {}
+    for line in lines:
+        assert list(line) == ["camera", "frame", "captured_at", "latency_ms", "outcome", "predictions", "error"]
+        assert (line["outcome"] == "answered") == (line["predictions"] is not None) == (line["error"] is None)
+        assert (line["outcome"] == "answered") == (line["latency_ms"] is not None)
+        assert datetime.fromisoformat(line["captured_at"]).utcoffset() == timedelta(0)
+        numbers.setdefault(line["camera"], []).append(line["frame"])
+    for found in numbers.values():
+        assert found == list(range(1, len(found) + 1))
+    return lines
+
+
+class Run:
+    """A request.py that runs, with its outputs in files."""
+
+    def __init__(self, process: psutil.Popen, folder: Path) -> None:
+        self.process = process
+        self.output = folder / "out.jsonl"
+        self._errors = folder / "errors"
+        self._results: list[dict[str, Any]] = []
+        self._position = 0  # in the output: what stands before it has been read
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return all lines of the output so far. Only new ones are read, so that it may be asked often."""
+        if self.output.exists():
+            with self.output.open("rb") as file:
+                file.seek(self._position)
+                whole = file.read().rpartition(b"\n")[0]
+            if whole:
+                self._results += map(json.loads, whole.split(b"\n"))
+                self._position += len(whole) + 1
+        return self._results
+
+    def answered(self, camera: str, since: float = 0.0) -> list[float]:
+        """Return when the answers to a camera's frames came that were captured since then, seconds since the epoch."""
+        found = []
+        for line in self.results():
+            if line["camera"] == camera and line["outcome"] == "answered":
+                captured = datetime.fromisoformat(line["captured_at"]).timestamp()
+                if captured >= since:
+                    found.append(captured + line["latency_ms"] / 1000)
+        return found
+
+    def lines(self) -> int:
+        return len(self.results())
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; it must come true before the process ends."""
+        wait_until(lambda: condition() or self.process.poll() is not None)
+        assert condition(), self.stderr()
+
+    def stderr(self) -> str:
+        return self._errors.read_text()
+
+    def end(self, number: signal.Signals = signal.SIGINT) -> dict[str, dict[str, str]]:
+        """Interrupt it; return its books, which must be those of its JSON lines."""
+        self.process.send_signal(number)
+        assert self.process.wait(timeout=120) == 130, self.stderr()
+        found = books(self.stderr())
+        assert self.output.read_bytes()[-1:] in (b"", b"\n")
+        lines = json_lines(self.output)
+        for camera, book in found.items():
+            for outcome in ("answered", "failed", "dropped", "expired"):
+                count = len([line for line in lines if line["camera"] == camera and line["outcome"] == outcome])
+                assert count == int(book[outcome])
+        return found
+
+
+@contextmanager
+def running(
+    node: Node | FakeServer | Proxy, folder: Path, *arguments: str | Path, environment: dict[str, str] | None = None
+) -> Iterator[Run]:
+    """Run request.py until the block ends. Arguments that are given win over those that it gets anyway."""
+    command = [sys.executable, str(PROJECT / "request.py"), "--url", node.url, "--quiet"]
+    command += ["--jsonl", str(folder / "out.jsonl")]
+    if isinstance(node, Node):
+        command += ["--model", MODEL, "--token-file", str(node.folder / "key_file.json")]
+    command += map(str, arguments)
+    with (folder / "errors").open("w") as errors:
+        variables = os.environ | (environment or {})
+        process = psutil.Popen(command, cwd=folder, env=variables, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            yield Run(process, folder)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def longest_gap(lines: list[dict[str, Any]], camera: str) -> float:
+    """Return the longest time in seconds between the captures of two answered frames."""
+    times = [
+        datetime.fromisoformat(line["captured_at"])
+        for line in lines
+        if line["camera"] == camera and line["outcome"] == "answered"
+    ]
+    return max((after - before).total_seconds() for before, after in itertools.pairwise(times))

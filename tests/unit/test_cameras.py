@@ -1,0 +1,200 @@
+"""edge/cameras.py: the pace of files, devices that are lost and come back, and names without passwords."""
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from edge.cameras import Camera, Frame, SourceError, redact
+from tests.support.frames import CLIP, Pixels, frames_of, jpeg
+
+
+def size(frame: Frame) -> tuple[int, int]:
+    """Return a frame's height and width."""
+    image = cv2.imdecode(np.frombuffer(frame.jpeg, np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None
+    return image.shape[0], image.shape[1]
+
+
+class Capture:
+    """Stands in for cv2.VideoCapture: a device that delivers some frames and then no more."""
+
+    frames = 3
+    fps = 30.0
+    opened = 0
+
+    def __init__(self, *_: object) -> None:
+        self.left = self.frames
+        type(self).opened += 1
+        self.is_released = False
+
+    def isOpened(self) -> bool:
+        return True
+
+    def get(self, _: int) -> float:
+        return self.fps
+
+    def grab(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
+
+    def retrieve(self) -> tuple[bool, Any]:
+        return True, np.zeros((4, 6, 3), np.uint8)
+
+    def read(self) -> tuple[bool, Any]:
+        return self.grab(), np.zeros((4, 6, 3), np.uint8)
+
+    def release(self) -> None:
+        assert not self.is_released
+        self.is_released = True
+        type(self).opened -= 1
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
+    monkeypatch.setattr("cv2.VideoCapture", Capture)
+    monkeypatch.setattr("edge.cameras.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(Capture, "opened", 0)
+    return Capture
+
+
+def test_device_that_stops_is_opened_again(
+    capture: type[Capture], stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        frames = Camera("7").frames(stop)
+        assert [next(frames).number for _ in range(7)] == list(range(1, 8))
+    assert capture.opened == 1
+    stop.set()
+    assert list(frames) == []
+    assert capture.opened == 0
+    assert [message.split(": ")[1][:18] for message in caplog.messages] == [
+        "the camera is lost",
+        "the camera is back",
+    ] * 2
+
+
+def test_device_without_frames_is_told_once_and_tried_again(
+    capture: type[Capture], monkeypatch: pytest.MonkeyPatch, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = threading.Semaphore(0)
+    monkeypatch.setattr(capture, "frames", 0)
+    monkeypatch.setattr(capture, "grab", lambda _: attempts.release() is not None)  # type: ignore[func-returns-value]
+    thread = threading.Thread(target=lambda: list(Camera("7").frames(stop)))
+    thread.start()
+    assert all(attempts.acquire(timeout=20) for _ in range(4))
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert caplog.messages == ["7: the camera is not there, no more frames come; trying until it is back"]
+    assert capture.opened == 0
+
+
+def test_file_without_frames_is_an_error(capture: type[Capture], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "frames", 0)
+    for loop in (False, True):
+        with pytest.raises(SourceError, match="can be opened, but delivers no frames"):
+            list(Camera(str(CLIP), loop=loop).frames(threading.Event()))
+
+
+@pytest.mark.parametrize("fps", [0.0, -1.0, float("nan"), float("inf")])
+def test_file_that_does_not_tell_its_rate_plays_at_25(
+    capture: type[Capture], monkeypatch: pytest.MonkeyPatch, fps: float
+) -> None:
+    monkeypatch.setattr(capture, "fps", fps)
+    monkeypatch.setattr(capture, "get", lambda _, what: fps if what == cv2.CAP_PROP_FPS else 3.0)
+    frames = list(Camera(str(CLIP)).frames(threading.Event()))
+    assert len(frames) == 3
+    assert frames[-1].captured_at - frames[0].captured_at > 1.5 / 25
+
+
+def test_file_that_had_to_wait_does_not_hurry_afterwards() -> None:
+    """Only lower bounds of time, an interval below the exact ones: a slow machine cannot break them."""
+    frames = Camera(str(CLIP)).frames(threading.Event())
+    first = [next(frames).captured_at for _ in range(6)]
+    assert first[-1] - first[0] >= 4 / 25
+    time.sleep(0.5)
+    afterwards = [next(frames).captured_at for _ in range(6)]
+    assert afterwards[-1] - afterwards[0] >= 4 / 25
+
+
+def test_file_plays_at_the_rate_asked_for() -> None:
+    slow = Camera(str(CLIP), fps=5).frames(threading.Event())
+    captured_at = [next(slow).captured_at for _ in range(4)]
+    assert captured_at[-1] - captured_at[0] >= 2 / 5
+
+
+def test_file_as_fast_as_it_can_be_read_does_not_keep_its_own_rate(
+    capture: type[Capture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its own rate the second frame would come after 100 s, far beyond the timeout of a test."""
+    monkeypatch.setattr(capture, "fps", 0.01)
+    frames = list(Camera(str(CLIP), fps=float("inf")).frames(threading.Event()))
+    assert [frame.number for frame in frames] == [1, 2, 3]
+    assert frames[-1].captured_at - frames[0].captured_at < 50
+
+
+def test_file_is_repeated_without_a_pause_or_a_hurry(short_clip: Path, stop: threading.Event) -> None:
+    frames = Camera(str(short_clip), loop=True).frames(stop)
+    repeated = [next(frames) for _ in range(50)]
+    assert [frame.number for frame in repeated] == list(range(1, 51))
+    assert repeated[0].jpeg == repeated[22].jpeg == repeated[44].jpeg != repeated[1].jpeg
+    assert repeated[-1].captured_at - repeated[0].captured_at >= 48 / 100
+
+
+def test_stop_ends_the_wait_for_the_next_frame(capture: type[Capture], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "fps", 0.01)
+    stop = threading.Event()
+    frames = Camera(str(CLIP)).frames(stop)
+    next(frames)
+    threading.Timer(0.1, stop.set).start()
+    before = time.monotonic()
+    assert list(frames) == []
+    assert time.monotonic() - before < 50
+
+
+def test_still_image_is_one_frame(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "still.png"), np.zeros((48, 64, 3), np.uint8))
+    assert len(list(Camera(str(tmp_path / "still.png")).frames(threading.Event()))) == 1
+
+
+@pytest.mark.parametrize(
+    ("resize", "expected"), [(None, (480, 640)), (256, (256, 341)), (480, (480, 640)), (900, (480, 640))]
+)
+def test_frames_are_shrunk_and_never_enlarged(resize: int | None, expected: tuple[int, int]) -> None:
+    frame = next(Camera(str(CLIP), resize=resize).frames(threading.Event()))
+    assert size(frame) == expected
+
+
+def test_jpeg_quality(clip: list[Pixels]) -> None:
+    coarse, usual, fine = (len(Camera("0", jpeg_quality=quality).encode(clip[0])) for quality in (50, 95, 100))
+    assert 2 * coarse < usual < fine
+    assert usual == len(jpeg(clip[0]))
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("rtsp://admin:hunter2@10.0.0.1:554/live?channel=1", "rtsp://10.0.0.1:554/live?channel=1"),
+        ("rtsp://admin:hun@ter/2@10.0.0.1/live", "rtsp://10.0.0.1/live"),
+        ("http://cam/video?usr=admin&pwd=hunter2&channel=2", "http://cam/video?usr=***&pwd=***&channel=2"),
+        ("http://cam/video?channel=2&authToken=hunter2#x", "http://cam/video?channel=2&authToken=***#x"),
+        ("rtsp://cam/user=admin_password=hunter2_channel=1.sdp", "rtsp://cam/user=***"),
+        ("http://[bad:hunter2@cam", "http://cam"),
+        ("clips/a@b=c.mp4", "clips/a@b=c.mp4"),
+        ("/dev/video0", "/dev/video0"),
+        ("0", "0"),
+    ],
+)
+def test_names_without_passwords(source: str, shown: str) -> None:
+    assert redact(source) == shown
+
+
+def test_frames_of_a_file_are_those_that_opencv_reads(short_clip: Path) -> None:
+    frames = list(Camera(str(short_clip)).frames(threading.Event()))
+    assert [frame.jpeg for frame in frames] == [jpeg(frame) for frame in frames_of(short_clip)]

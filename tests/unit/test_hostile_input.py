@@ -1,0 +1,114 @@
+"""handler.py against broken and hostile bodies: each costs only its sender, and gets the reason in one line."""
+
+import gc
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from handler import MAX_REQUEST_FRAMES, MOST_PARTS
+from tests.support.frames import Pixels, as_json, encoded, jpeg
+from tests.support.fuzz_handler import Subject
+from tests.support.hostile import BAD_JSON, bad_frames, excesses, many_chunks, many_scans
+from tests.support.in_process import Model
+
+
+@pytest.fixture(scope="module")
+def subject(resnet18: Path) -> Subject:
+    return Subject(resnet18)
+
+
+def as_torchserve_parses(text: str) -> Any:
+    """Return what a handler gets for a body that calls itself JSON: what it says, or the bytes if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return bytearray(text.encode())
+
+
+def test_broken_frame_costs_only_itself(subject: Subject) -> None:
+    for name, (file, reason) in bad_frames().items():
+        assert reason in subject.try_body(bytearray(file)), name
+        assert subject.statuses[1] == 400, name
+
+
+def test_broken_json_costs_only_itself(subject: Subject) -> None:
+    for name, (text, reason) in BAD_JSON.items():
+        assert reason in subject.try_body(as_torchserve_parses(text)), name
+        assert subject.statuses[1] == 400, name
+
+
+def test_request_that_asks_for_too_much_costs_only_itself(subject: Subject) -> None:
+    for name, (text, reason) in excesses().items():
+        assert reason in subject.try_body(as_torchserve_parses(text)), name
+        assert subject.statuses[1] == 413, name
+
+
+def test_bad_frames_of_a_json_batch_cost_only_themselves(model: Model, clip: list[Pixels]) -> None:
+    good = [jpeg(clip[0]), jpeg(clip[100])]
+    batch = as_json(good[0], *(frame for frame, _ in bad_frames().values()), good[1])
+    batch |= {"not base64": "%%%", "number": 5, "null": None, "list": ["QQ=="], "non-ascii": "ß"}
+    [answers] = model.answers([batch])
+    assert model.statuses() == [200]
+    assert len(answers) == len(batch)
+    [alone] = model.answers([as_json(*good)])
+    position_of_last_good = 1 + len(bad_frames())
+    assert [answers[0], answers[position_of_last_good]] == [pytest.approx(answer, abs=1e-5) for answer in alone]
+    for answer, (_, reason) in zip(answers[1:], bad_frames().values(), strict=False):
+        assert reason in answer["error"]
+    assert all(answer["error"].startswith("not a base64 string") for answer in answers[-5:])
+
+
+def test_as_many_frames_as_a_request_may_hold(subject: Subject, clip: list[Pixels]) -> None:
+    model = subject.model
+    images = [encoded(Image.fromarray(frame).resize((64, 48)), "JPEG") for frame in clip[:MAX_REQUEST_FRAMES]]
+    [answers] = model.answers([as_json(*images)])
+    assert model.statuses() == [200]
+    assert len(answers) == MAX_REQUEST_FRAMES
+    for number in (0, 100, MAX_REQUEST_FRAMES - 1):
+        assert answers[number] == pytest.approx(model.answers([images[number]])[0], abs=1e-4)
+    model.answers([as_json(*images, images[0])])
+    assert model.statuses() == [413]
+
+
+def test_jpeg_of_as_many_scans_as_it_may_have_is_a_frame(model: Model) -> None:
+    _, most = MOST_PARTS[b"\xff\xd8"]["scans"]
+    image = many_scans(500, 0)
+    scans = image.count(b"\xff\xda")
+    assert 3 < scans < most / 2
+    model.answers([many_scans(500, most - scans), many_scans(500, most - scans + 1)])
+    assert model.statuses() == [200, 400]
+
+
+@pytest.fixture
+def largest_bodies() -> Iterator[list[Any]]:
+    """The largest that is taken or refused, as TorchServe hands it over."""
+    large = [encoded(Image.new("RGB", (7680, 4320), "red"), kind) for kind in ("PNG", "WEBP")]
+    texts = as_json(*[many_chunks(b"iTXt", 4)] * 60)
+    bodies = [*large, many_chunks(b"iTXt", 4), texts]
+    bodies += [as_torchserve_parses(text) for text, _ in [*BAD_JSON.values(), *excesses().values()]]
+    yield bodies
+    bodies.clear()
+
+
+def test_memory_stays_flat(subject: Subject, largest_bodies: list[Any]) -> None:
+    """Over and over, in a thread as in TorchServe's worker: what was taken is given back."""
+
+    def memory() -> float:
+        for body in largest_bodies:
+            subject.try_body(body)
+        return psutil.Process().memory_info().rss / 1e6
+
+    gc.disable()  # It would hide what is kept longer than needed.
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            before = thread.submit(memory).result()
+            after = [thread.submit(memory).result() for _ in range(3)][-1]
+    finally:
+        gc.enable()
+    assert after - before < 150
