@@ -1,6 +1,8 @@
 # Everything from a fresh clone; needs Python 3.10 or newer, and make.
 PYTHON ?= python3
 MINUTES ?= 10
+# Tests side by side. Most of them wait most of the time; each TorchServe takes some 3 GB.
+WORKERS ?= 3
 
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
@@ -8,7 +10,7 @@ else
 BIN := .venv/bin
 endif
 
-.PHONY: demo cluster test lint bench soak video diagrams clean
+.PHONY: demo cluster test test-unit lint bench soak video diagrams clean
 .DELETE_ON_ERROR:
 
 demo: .venv/server  ## both recipes on the sample clip
@@ -17,8 +19,11 @@ demo: .venv/server  ## both recipes on the sample clip
 cluster: .venv/server  ## two TorchServe nodes behind nginx, and four cameras; needs nginx
 	$(BIN)/python -m deploy.demo --cluster
 
-test: .venv/dev  ## the tests, against a real TorchServe
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: test-unit  ## all tests, the others against a real TorchServe
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/integration tests/resilience
+
+test-unit: .venv/dev  ## the tests that start no server and no process
+	$(BIN)/python -m pytest -n 2 tests/unit
 
 lint: .venv/dev
 	$(BIN)/ruff check
@@ -29,7 +34,7 @@ bench: .venv/bench  ## benchmarks/README.md anew; half an hour and 12 GB of memo
 	$(BIN)/python -m benchmarks.run
 
 soak: .venv/dev  ## four cameras and a fault every 20 seconds: make soak MINUTES=10
-	$(BIN)/python -m tests.soak --minutes $(MINUTES)
+	$(BIN)/python -m tests.resilience.soak --minutes $(MINUTES)
 
 video: .venv/dev  ## data/sample_video.mp4 anew
 	$(BIN)/python data/make_sample_video.py

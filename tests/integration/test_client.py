@@ -128,9 +128,7 @@ def test_limit_of_torchserve_is_foreseen(node: Node, stop: threading.Event, clip
     wait_until(lambda: predictions_asked(node) - asked == 1 + 2)
 
 
-def test_bad_frames_of_a_batch_do_not_hide_the_good_ones(
-    node: Node, stop: threading.Event, clip: list[Pixels]
-) -> None:
+def test_bad_frames_of_a_batch_do_not_hide_the_good_ones(node: Node, stop: threading.Event, clip: list[Pixels]) -> None:
     """A frame that TorchServe cannot read fails alone. OpenCV sends none such, so the client is asked directly."""
     sent = frames([jpeg(clip[0]), b"no image", jpeg(clip[2])])
     key_file = node.folder / "key_file.json"

@@ -1,4 +1,4 @@
-"""A real TorchServe against broken and hostile requests: each costs only its sender, and gets the reason in one line."""
+"""A real TorchServe against broken and hostile requests: each costs only its sender, and gets a reason in one line."""
 
 import json
 import socket

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from deploy.node import PROJECT, java_environment
 from tests.support.archives import Archives
 from tests.support.frames import Pixels, jpeg
@@ -130,7 +131,7 @@ def pod(folder: Path) -> Iterator[tuple[Pod, psutil.Popen]]:
         outer = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             # Of its many mounts and changes of program the last one, by which it is TorchServe.
-            wait_until(lambda: [child.name() for child in outer.children()] == ["torchserve"], 10)
+            wait_until(lambda: [child.name() for child in outer.children()] == ["torchserve"])
             yield Pod(outer.children()[0]), outer
         finally:
             if outer.poll() is None:
@@ -145,7 +146,7 @@ def test_container_starts_serves_and_ends_as_the_manifest_says(
     archives.store(tmp_path, archives.build("resnet-18"))
     with pod(tmp_path) as (running, outer):
         assert running.probe("startupProbe") != 0  # Nothing listens yet.
-        wait_until(lambda: running.probe("startupProbe") == 0, timeout_s=120)
+        wait_until(lambda: running.probe("startupProbe") == 0)
         assert running.probe("readinessProbe") == running.probe("livenessProbe") == 0
 
         assert len(json.loads(running.get(8080, "/predictions/resnet-18", jpeg(clip[0])))) == 5  # without a token
@@ -157,8 +158,8 @@ def test_container_starts_serves_and_ends_as_the_manifest_says(
         for process in running.process.children(recursive=True):
             if "model_service_worker" in " ".join(process.cmdline()):
                 process.kill()
-        wait_until(lambda: running.probe("readinessProbe") != 0, timeout_s=5)
-        wait_until(lambda: running.probe("readinessProbe") == 0, timeout_s=120)
+        wait_until(lambda: running.probe("readinessProbe") != 0)
+        wait_until(lambda: running.probe("readinessProbe") == 0)
 
         asked = time.monotonic()
         hook = running.execute(*CONTAINER["lifecycle"]["preStop"]["exec"]["command"])

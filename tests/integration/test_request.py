@@ -10,42 +10,42 @@ import pytest
 
 from deploy.node import PROJECT, Node, free_ports
 from tests.support.fake_server import FakeServer
-from tests.support.frames import CATS, CLIP, frames_of, jpeg
+from tests.support.frames import CATS, frames_of, jpeg
 from tests.support.nodes import post, predictions_asked
 from tests.support.scripts import books, outputs, run
 
 MODEL = ["--model", "efficientnet-lite0"]
 
 
-def test_torchserve_batches_the_sample_clip(node: Node) -> None:
-    """As fast as it goes: tests/integration/test_recipes.py has it in real time."""
+def test_torchserve_batches_single_frames(node: Node, long_clip: Path) -> None:
+    """As fast as it goes: tests/integration/test_recipes.py has the sample clip in real time."""
     asked = predictions_asked(node)
-    done = run("request.py", *MODEL, "--url", node.url, "--fps", "max", cwd=node.folder)
+    done = run("request.py", *MODEL, "--url", node.url, "--input", long_clip, "--fps", "max", cwd=node.folder)
     assert done.returncode == 0, done.stderr
-    assert predictions_asked(node) - asked == 1 + 375  # a test picture first
+    assert predictions_asked(node) - asked == 1 + 100  # a test picture first
     found = outputs(done.stdout)
-    assert [output.number for output in found] == [*range(20, 361, 20), 375]
+    assert [output.number for output in found] == [20, 40, 60, 80, 100]
     for output in found:
         assert output.batch_size == 4
         assert output.fps > 0
         assert len(output.answers) == 4
         assert all(next(iter(answer)) in CATS for answer in output.answers)
-    book = books(done.stderr)[str(CLIP)]
-    assert (book["captured"], book["answered"], book["dropped"]) == ("375", "375", "0")
+    book = books(done.stderr)[str(long_clip)]
+    assert (book["captured"], book["answered"], book["dropped"]) == ("100", "100", "0")
     assert float(book["FPS"]) > 0
     assert 0 < int(book["p50 ms"]) <= int(book["p95 ms"]) <= int(book["p99 ms"]) <= int(book["max ms"])
     assert 1 < float(book["frames/pass"]) <= 4
 
 
-def test_client_batches_the_sample_clip(node: Node) -> None:
+def test_client_batches_frames_as_json(node: Node, long_clip: Path) -> None:
     asked = predictions_asked(node)
-    command = ["request.py", *MODEL, "--url", node.url, "--client-batching", "--fps", "max"]
-    done = run(*command, cwd=node.folder)
+    command = [*MODEL, "--url", node.url, "--input", str(long_clip), "--fps", "max"]
+    done = run("request.py", *command, "--client-batching", "--batch-size", "3", cwd=node.folder)
     assert done.returncode == 0, done.stderr
-    assert predictions_asked(node) - asked == 1 + 94  # a test picture, 93 batches of 4, and one of 3
+    assert predictions_asked(node) - asked == 1 + 34  # a test picture, 33 batches of 3, and one of 1
     found = outputs(done.stdout)
-    assert [output.number for output in found] == [*range(20, 361, 20), 375]
-    assert [len(output.answers[0]) for output in found] == [4] * 19
+    assert [output.number for output in found] == [20, 40, 60, 80, 100]
+    assert [len(output.answers[0]) for output in found] == [3] * 5
     for output in found:
         (batch,) = output.answers
         assert all(next(iter(answer)) in CATS for answer in batch)
@@ -211,9 +211,7 @@ def test_unreachable_stream_keeps_its_password(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 def test_reader_of_the_output_that_leaves_ends_the_run_quietly(fake: FakeServer, tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "request.py"), "--url", fake.url, "--log-every", "1"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stderr
         process.stdout.readline()

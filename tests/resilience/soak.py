@@ -15,13 +15,11 @@ from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 
-import cv2
-import numpy as np
 import psutil
-import torch
 
-from tests.conftest import CLIP, frames_of, jpeg, random_resnet18
-from tests.support.faults import BATCHED, FAULTS, FLAGS, SINGLE, Site, answered, resources
+from tests.support.archives import Archives
+from tests.support.faults import BATCHED, FAULTS, FLAGS, SINGLE, Site, resources
+from tests.support.frames import CLIP, frames_of, jpeg, small
 from tests.support.mjpeg_camera import mjpeg_camera
 from tests.support.scripts import Run, json_lines, longest_gap, running
 
@@ -35,7 +33,7 @@ MOST = {"threads": 20, "descriptors": 24, "sockets": 20, "processes": 0, "megaby
 
 def recovery_s(request: Run, camera: str, since: float) -> float:
     """Return how long after a moment a frame was answered that was captured since, at most RECOVERY_S seconds."""
-    while not (found := answered(request, camera, since)):
+    while not (found := request.answered(camera, since)):
         if time.time() > since + RECOVERY_S:
             return RECOVERY_S
         time.sleep(0.2)
@@ -58,10 +56,9 @@ def main() -> int:
     problems: list[str] = []
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
-        torch.save(random_resnet18(1000).state_dict(), folder / "weights.pth")
-        small = [jpeg(np.asarray(cv2.resize(frame, (320, 240)), np.uint8)) for frame in frames_of(CLIP)]
-        cameras = [cleanup.enter_context(mjpeg_camera(small, fps=FPS)) for _ in range(4)]
-        site = Site(folder, folder / "weights.pth", cameras, cleanup)
+        pictures = [jpeg(small(frame)) for frame in frames_of(CLIP)]
+        cameras = [cleanup.enter_context(mjpeg_camera(pictures, fps=FPS)) for _ in range(4)]
+        site = Site(folder, Archives(folder), cameras, cleanup)
         runs: dict[str, Run] = {}
         for model, pair in ((SINGLE, cameras[:2]), (BATCHED, cameras[2:])):
             (folder / model).mkdir()

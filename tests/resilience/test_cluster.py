@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -90,7 +89,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[Cluster]:
-    """Two nodes behind nginx. Their network sees tiny frames, so that any machine has time for what the cameras send."""
+    """Two nodes behind nginx. Their networks see tiny frames: any machine has time for what the cameras send."""
     folder = tmp_path_factory.mktemp("cluster")
     with ExitStack() as cleanup, ThreadPoolExecutor(2) as threads:
         folders = [folder / f"node-{number}" for number in (1, 2)]

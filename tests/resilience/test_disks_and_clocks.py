@@ -11,7 +11,7 @@ from deploy.node import PROJECT
 from tests.support.fake_server import FakeServer
 from tests.support.frames import frames_of
 from tests.support.programs import needs
-from tests.support.scripts import books, json_lines, outputs, running, wait_until
+from tests.support.scripts import books, json_lines, outputs, running
 
 
 @needs("faketime")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.archives import Archives
+from tests.support.archives import TINY, Archives
 from tests.support.faults import BATCHED, FAULTS, FLAGS, SINGLE, Site, resources
 from tests.support.frames import Pixels, jpeg, small, write_video
 from tests.support.mjpeg_camera import mjpeg_camera
@@ -33,7 +33,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, archives: Archives, clip: lis
     folder = tmp_path_factory.mktemp("site")
     write_video(folder / "clip.mp4", pictures[:80], 5)
     with mjpeg_camera([jpeg(picture) for picture in pictures], fps=3) as camera, ExitStack() as cleanup:
-        yield Site(folder, archives, [camera], cleanup)
+        # Its networks see tiny frames, so that any machine has time for what the cameras send.
+        yield Site(folder, archives, [camera], cleanup, TINY)
 
 
 class Streams:

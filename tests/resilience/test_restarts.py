@@ -69,7 +69,7 @@ def test_refused_token_without_a_file_ends_a_file_s_run(
     short_tokens: ShortTokens, long_clip: Path, tmp_path: Path
 ) -> None:
     rotate_token(short_tokens.node)
-    command = ["--model", MODEL, "--url", short_tokens.node.url, "--input", long_clip, "--loop", "--quiet"]
+    command = ["--model", MODEL, "--url", short_tokens.node.url, "--input", str(long_clip), "--loop", "--quiet"]
     environment = {"TORCHSERVE_TOKEN": short_tokens.node.token()}
     done = run("request.py", *command, "--server-wait", "3", cwd=tmp_path, environment=environment)
     assert done.returncode == 4

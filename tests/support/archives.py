@@ -84,7 +84,7 @@ def crop_to(archive: Path, pixels: int) -> None:
 
 
 def unpacked_archive(folder: Path, *flags: str) -> Path:
-    """Write what an archive of a ResNet-18 with random weights holds, without torch-model-archiver; return the folder."""
+    """Write what an archive of a random ResNet-18 holds, without torch-model-archiver; return the folder."""
     config = create_mar_file.model_config(create_mar_file.parse_args(list(flags)))
     labels = create_mar_file.imagenet_labels()
     torch.save(random_resnet18(len(labels)).state_dict(), folder / "resnet-18.pth")

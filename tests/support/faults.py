@@ -15,7 +15,7 @@ import requests
 
 from deploy.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve, wait_until_ready
 from edge.client import TEST_PICTURE
-from tests.support.archives import TINY, Archives
+from tests.support.archives import Archives
 from tests.support.mjpeg_camera import MjpegCamera
 from tests.support.mjpeg_camera import Mode as CameraMode
 from tests.support.nodes import rotate_token
@@ -34,14 +34,21 @@ KILL_PAUSE_S = 2.0
 class Site:
     """A TorchServe behind a network, and cameras. It can be killed, and started again in the same place.
 
-    Its networks see tiny frames, so that any machine has time for what the cameras send.
+    crop: what its networks see of a frame, see Archives.build().
     """
 
-    def __init__(self, folder: Path, archives: Archives, cameras: Sequence[MjpegCamera], cleanup: ExitStack) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        archives: Archives,
+        cameras: Sequence[MjpegCamera],
+        cleanup: ExitStack,
+        crop: int | None = None,
+    ) -> None:
         self.folder = folder
         self.cameras = cameras
-        models = [archives.build(SINGLE, crop=TINY), archives.build(BATCHED, "--client-batching", crop=TINY)]
-        archives.store(folder, *models)
+        single, batched = archives.build(SINGLE, crop=crop), archives.build(BATCHED, "--client-batching", crop=crop)
+        archives.store(folder, single, batched)
         self._ports = free_ports(NODE_PORTS)
         self._running = cleanup.enter_context(ExitStack())
         self.start()

@@ -35,7 +35,14 @@ class Model:
             config = yaml.safe_load((folder / "model-config.yaml").read_text())
             metrics = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
             self.context = Context(
-                "resnet-18", str(folder), manifest, batch_size, None, "0.12.0", metrics=metrics, model_yaml_config=config
+                "resnet-18",
+                str(folder),
+                manifest,
+                batch_size,
+                None,
+                "0.12.0",
+                metrics=metrics,
+                model_yaml_config=config,
             )
             self.handler = VideoFrameHandler()
             self.handler.initialize(self.context)

@@ -1,7 +1,6 @@
 """The files of deploy/monitoring/."""
 
 import json
-import re
 
 import yaml
 

@@ -58,6 +58,4 @@ def workers(node: Node, model: str) -> dict[int, psutil.Process]:
 def rotate_token(node: Node) -> None:
     """Have TorchServe write a new inference token into its key file; the old one is refused from then on."""
     headers = {"Authorization": f"Bearer {node.token('API')}"}
-    requests.get(
-        f"{node.management_url}/token?type=inference", headers=headers, timeout=TIMEOUT_S
-    ).raise_for_status()
+    requests.get(f"{node.management_url}/token?type=inference", headers=headers, timeout=TIMEOUT_S).raise_for_status()
