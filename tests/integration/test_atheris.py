@@ -14,16 +14,8 @@ from tests.support.archives import unpacked_archive
 def test_atheris_finds_no_body_that_hurts(tmp_path: Path) -> None:
     (tmp_path / "archive").mkdir()
     folder = unpacked_archive(tmp_path / "archive")
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.fuzz_handler",
-        str(folder),
-        "-runs=5000",
-        "-max_len=4096",
-        "-seed=5",
-    ]
-    command += [f"-artifact_prefix={tmp_path}/", "-rss_limit_mb=4000"]
+    command = [sys.executable, "-m", "tests.support.fuzz_handler", str(folder)]
+    command += ["-runs=5000", "-max_len=4096", "-seed=5", "-rss_limit_mb=4000", f"-artifact_prefix={tmp_path}/"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=450)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Done 5000 runs" in done.stderr
