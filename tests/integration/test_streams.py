@@ -1,6 +1,7 @@
 """edge/cameras.py with network streams: cut, stalled and mute cameras, and such as change."""
 
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -102,6 +103,28 @@ def test_stream_that_never_answers_is_given_up_and_tried_again(
         server.mode = "mute"
         with pytest.raises(SourceError, match="can't open"):
             Camera(server.url).check()
+
+
+def test_cameras_that_never_answer_do_not_make_another_one_fail(
+    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenCV opens one at a time, with the timeout running: behind three others it would be over."""
+    monkeypatch.setattr("edge.cameras.OPEN_TIMEOUT_MS", 1000)
+    with ExitStack() as cleanup:
+        mute = [cleanup.enter_context(mjpeg_camera(pictures(1))) for _ in range(3)]
+        well = cleanup.enter_context(mjpeg_camera(pictures(20)))
+        threads = []
+        for camera in mute:
+            camera.mode = "mute"
+            threads.append(threading.Thread(target=lambda url=camera.url: list(Camera(url).frames(stop))))
+            threads[-1].start()
+        wait_until(lambda: any(camera.asked for camera in mute))
+        assert next(Camera(well.url).frames(stop)).number == 1
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+    assert [message for message in caplog.messages if well.url in message] == []
 
 
 def test_stream_may_be_absent_at_the_start(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:

@@ -82,18 +82,19 @@ def test_refused_token_without_a_file_ends_a_file_s_run(
 def test_copy_of_a_key_file_is_renewed_once_and_told(
     short_tokens: ShortTokens, long_clip: Path, tmp_path: Path
 ) -> None:
-    """Each renewal would shut out all others who have the token."""
+    """When its token has expired, in mid-stream. Each renewal would shut out all others who have the token."""
     node = short_tokens.node
+    rotate_token(node)
     key_file = tmp_path / "copy.json"
     key_file.write_text((node.folder / "key_file.json").read_text())
-    rotate_token(node)
     before = short_tokens.renewals()
-    done = run(
-        "request.py", "--model", MODEL, "--url", node.url, "--management-url", node.management_url,
-        "--token-file", key_file, "--input", long_clip, cwd=tmp_path,
-    )  # fmt: skip
+    command = ["--model", MODEL, "--url", node.url, "--management-url", node.management_url, "--server-wait", "4"]
+    command += ["--token-file", str(key_file), "--input", str(long_clip), "--loop", "--quiet"]
+    done = run("request.py", *command, cwd=tmp_path)
     assert done.returncode == 4
     assert f"TorchServe has a new token, but {key_file} does not: is it a copy?" in done.stderr
+    (book,) = books(done.stderr).values()
+    assert int(book["answered"]) > 0
     assert short_tokens.renewals() - before == 1
     assert json.loads(key_file.read_text())["API"]["key"] not in done.stderr
 

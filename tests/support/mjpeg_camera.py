@@ -28,6 +28,7 @@ class MjpegCamera(http.server.ThreadingHTTPServer):
         self.fps = fps
         self.mode: Mode = "streaming"
         self.url = f"http://127.0.0.1:{port}/live"
+        self.asked = 0  # for a stream, so far
         self.streams = 0  # begun so far
         self.closing = threading.Event()
 
@@ -40,6 +41,7 @@ class MjpegHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         camera = self.server
+        camera.asked += 1
         if camera.mode == "cut":
             return
         while camera.mode == "mute":

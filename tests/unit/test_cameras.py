@@ -95,6 +95,29 @@ def test_device_without_frames_is_told_once_and_tried_again(
     assert capture.opened == 0
 
 
+class Pauses(threading.Event):
+    """Notes how long it was waited, without waiting, and is set after 8 times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout)
+        if len(self.seconds) == 8:
+            self.set()
+        return self.is_set()
+
+
+def test_pauses_between_attempts_grow_up_to_a_limit(capture: type[Capture], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "frames", 0)
+    monkeypatch.setattr("edge.cameras.FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr("random.uniform", lambda _, high: high)
+    stop = Pauses()
+    assert list(Camera("7").frames(stop)) == []
+    assert stop.seconds == [0.5, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+
+
 def test_file_without_frames_is_an_error(capture: type[Capture], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "frames", 0)
     for loop in (False, True):
