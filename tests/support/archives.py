@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from filelock import FileLock
 
 import create_mar_file
 from tests.support.networks import random_resnet18
-from tests.support.scripts import run
 
 BUILD_TIMEOUT_S = 300.0
 # With frames of this size a network does about 1/49 of the arithmetic. For tests in which predictions don't matter.
@@ -45,17 +45,19 @@ class Archives:
         if model == "resnet-18" and "--weights" not in flags:
             flags = ("--weights", self.weights(), *flags)
         variant = hashlib.sha256("\0".join(map(str, [model, *flags, crop])).encode()).hexdigest()[:16]
-        home = self.folder / variant
-        with FileLock(f"{home}.lock", timeout=BUILD_TIMEOUT_S):
-            if not home.exists():
+        archive = self.folder / variant / f"{model}.mar"
+        whole = None if crop is None else self.build(model, *flags)
+        with FileLock(self.folder / f"{variant}.lock", timeout=BUILD_TIMEOUT_S):
+            if not archive.exists():
                 with tempfile.TemporaryDirectory(dir=self.folder) as staging:
-                    done = run("create_mar_file.py", "--model", model, *flags, cwd=Path(staging))
-                    assert done.returncode == 0, done.stderr
-                    built = Path(staging, "model_store", f"{model}.mar")
-                    if crop is not None:
-                        crop_to(built, crop)
-                    built.parent.rename(home)
-        return home / f"{model}.mar"
+                    built = Path(staging, "model_store", archive.name)
+                    if whole is None or crop is None:
+                        create_archive(Path(staging), "--model", model, *flags)
+                    else:
+                        built.parent.mkdir()
+                        crop_to(crop, whole, built)
+                    built.parent.rename(archive.parent)
+        return archive
 
     def store(self, folder: Path, *archives: Path) -> None:
         """Put archives into folder/model_store."""
@@ -69,10 +71,20 @@ class Archives:
                 shutil.copy(archive, target)
 
 
-def crop_to(archive: Path, pixels: int) -> None:
-    """Change the preprocessing that travels in an archive: its frames are resized and cropped to so many pixels."""
-    smaller = archive.with_suffix(".part")
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(smaller, "w") as new:
+def create_archive(folder: Path, *arguments: str | Path) -> None:
+    """Run create_mar_file.py in a folder, in this process: to import torch anew would take seconds each time."""
+    here, handler = Path.cwd(), signal.getsignal(signal.SIGTERM)
+    os.chdir(folder)
+    try:
+        assert create_mar_file.main(list(map(str, arguments))) == 0
+    finally:
+        os.chdir(here)
+        signal.signal(signal.SIGTERM, handler)
+
+
+def crop_to(pixels: int, source: Path, target: Path) -> None:
+    """Write an archive again with other preprocessing: frames are resized and cropped to so many pixels."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
             content = old.read(entry)
             if entry.filename == "model-config.yaml":
@@ -80,7 +92,6 @@ def crop_to(archive: Path, pixels: int) -> None:
                 config["handler"]["preprocessing"] |= {"resize": pixels, "crop": pixels}
                 content = yaml.safe_dump(config).encode()
             new.writestr(entry.filename, content)
-    smaller.replace(archive)
 
 
 def unpacked_archive(folder: Path, *flags: str) -> Path:
