@@ -1,6 +1,7 @@
 """What all tests share: archives and frames, tests of one server on one worker, and one line for what is missing."""
 
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -81,3 +82,13 @@ def stop() -> Iterator[threading.Event]:
     event = threading.Event()
     yield event
     event.set()
+
+
+@pytest.fixture
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For create_mar_file.main() in this process: a directory of its own, and the handlers of signals as before."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import json
-import signal
 import socket
 import threading
 import time
@@ -20,13 +19,7 @@ from deploy.node import free_ports
 from tests.support.archives import Archives
 from tests.support.scripts import run
 
-
-@pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 def test_archive_holds_what_the_answers_depend_on(archives: Archives, weights: Path) -> None:

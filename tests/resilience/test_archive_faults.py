@@ -16,10 +16,7 @@ from deploy.node import PROJECT
 from tests.support.programs import ISOLATED, needs
 from tests.support.scripts import run
 
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
@@ -51,14 +48,9 @@ def test_interrupted_it_leaves_nothing_else(
     archive = tmp_path / "model_store" / "resnet-18.mar"
     archive.parent.mkdir()
     archive.write_bytes(b"the archive of yesterday")
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: signal.raise_signal(number))
-    try:
-        assert create_mar_file.main(["--weights", str(weights)]) == 130
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    assert create_mar_file.main(["--weights", str(weights)]) == 130
     assert capsys.readouterr().err == "create_mar_file.py: interrupted\n"
     assert list(archive.parent.iterdir()) == [archive]
     assert archive.read_bytes() == b"the archive of yesterday"

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +11,7 @@ import torch
 import create_mar_file
 from tests.support.networks import random_resnet18
 
-
-@pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 @pytest.fixture
