@@ -14,8 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,23 @@ def wait_until_ready(node: Node, model: str) -> None:
 
 def end(process: psutil.Popen) -> None:
     """End a process and all its descendants: ask first, and kill what is left after STOP_TIMEOUT_S seconds."""
-    try:
-        family = [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return
+    family = suspend(process)
     for member in family:
-        if member.is_running():
+        with suppress(psutil.NoSuchProcess):
             member.terminate()
+            member.resume()
     for member in psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)[1]:
         member.kill()
     psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+
+
+def suspend(process: psutil.Process) -> list[psutil.Process]:
+    """Suspend a process and its descendants, parents first, so that none of them starts another one; return them."""
+    try:
+        process.suspend()
+        return [process, *chain.from_iterable(map(suspend, process.children()))]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def free_ports(count: int) -> list[int]:
