@@ -2,7 +2,7 @@
 PYTHON ?= python3
 MINUTES ?= 10
 # Tests side by side. Most of them wait most of the time; each TorchServe takes some 3 GB.
-WORKERS ?= 3
+WORKERS ?= 4
 
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts

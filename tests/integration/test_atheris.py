@@ -10,6 +10,7 @@ from deploy.node import PROJECT
 from tests.support.archives import unpacked_archive
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="atheris has no wheel for it")
 def test_atheris_finds_no_body_that_hurts(tmp_path: Path) -> None:
     (tmp_path / "archive").mkdir()

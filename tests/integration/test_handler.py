@@ -193,6 +193,7 @@ def test_worker_that_cannot_compile_says_so_and_serves(
     assert_equals_reference(answer, reference(random_resnet18(1000), Image.open(io.BytesIO(image))))
 
 
+@pytest.mark.slow
 @needs("g++")
 def test_compiled_network_answers_the_same(tmp_path: Path, archives: Archives, clip: list[Pixels]) -> None:
     archives.store(tmp_path, archives.build("resnet-18", "--compile"))

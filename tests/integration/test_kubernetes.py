@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from deploy.node import PROJECT, java_environment
 from tests.support.archives import Archives
@@ -139,6 +140,7 @@ def pod(folder: Path) -> Iterator[tuple[Pod, psutil.Popen]]:
             outer.wait()
 
 
+@pytest.mark.slow
 @needs("unshare", "ip", "curl")
 def test_container_starts_serves_and_ends_as_the_manifest_says(
     tmp_path: Path, archives: Archives, clip: list[Pixels]

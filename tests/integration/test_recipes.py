@@ -89,6 +89,7 @@ def type_in(steps: Mapping[str, str], folder: Path, environment: dict[str, str])
     return {name: path.read_text() for name, path in printed.items()}
 
 
+@pytest.mark.slow
 @needs("unshare", "ip", "curl")
 def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: list[Pixels]) -> None:
     """Both in real time, and all that the README does beside them."""
