@@ -61,8 +61,10 @@ def test_nobody_leaves_before_the_last_result_is_delivered(
 ) -> None:
     """An answer that came in the last moment is still being delivered when the grace is over."""
     delivered: list[Result] = []
+    has_come = threading.Event()
 
     def deliver_slowly(result: Result) -> None:
+        has_come.set()
         time.sleep(1.0)
         delivered.append(result)
 
@@ -70,8 +72,7 @@ def test_nobody_leaves_before_the_last_result_is_delivered(
     with session(fake.url, stop) as server:
         server.wait_until_ready(5.0)
         server.ask(frames(PICTURES[:1]), deliver_slowly)
-        wait_until(lambda: fake.frames_asked == 1)
-        time.sleep(0.3)
+        assert has_come.wait(60)
         stop.set()
         server.finish()
         assert [result.outcome for result in delivered] == ["answered"]

@@ -17,7 +17,7 @@ import yaml
 
 from deploy.node import Node, free_ports
 from tests.support.endpoints import address
-from tests.support.frames import Pixels, jpeg
+from tests.support.frames import Pixels, jpeg, small
 from tests.support.mjpeg_camera import mjpeg_camera
 from tests.support.monitoring import ALERT_TESTS, MONITORING, QUERIES, RULES, VARIABLES
 from tests.support.nodes import post
@@ -108,7 +108,7 @@ def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
 def left(wrong: Callable[[], Any]) -> Any:
     """Wait until nothing is wrong any more, and return what still is."""
     with suppress(AssertionError):
-        wait_until(lambda: not wrong(), 30)
+        wait_until(lambda: not wrong())
     return wrong()
 
 
@@ -118,7 +118,7 @@ def test_prometheus_sees_what_happens(node: Node, clip: list[Pixels], tmp_path: 
     targets = {"torchserve": address(node, "metrics_address"), "edge": f"127.0.0.1:{free_ports(1)[0]}"}
     camera_options = ["--metrics-port", targets["edge"].rpartition(":")[2]]
     with (
-        mjpeg_camera([jpeg(frame) for frame in clip[:10]], fps=10) as camera,
+        mjpeg_camera([jpeg(small(frame)) for frame in clip[:10]], fps=3) as camera,
         prometheus(tmp_path, targets) as watching,
     ):
         wait_until(lambda: watching.query('up{job="torchserve"} == 1') != [])

@@ -25,7 +25,7 @@ PASSING_TROUBLE = ["429", "500", "502", "503", "504", "507", "half an answer", "
 def test_passing_trouble_costs_nothing(
     fake: FakeServer, as_json: bool, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 2.0)
     monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
     with session(fake.url, stop, as_json=as_json) as server:
         server.wait_until_ready(5.0)
@@ -169,7 +169,8 @@ def test_silence_is_told_before_a_timeout_ends_it(
 def test_answer_that_trickles_is_given_up(
     fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 0.5)
+    """Something comes every 0.2 s, so that no timeout of the connection ends it."""
+    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 1.5)
     monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
     results: list[Result] = []
     with session(fake.url, stop) as server:
