@@ -1,7 +1,7 @@
 # Everything from a fresh clone; needs Python 3.10 or newer, and make.
 PYTHON ?= python3
 MINUTES ?= 10
-# Tests side by side. Most of them wait most of the time; each TorchServe takes some 3 GB.
+# Tests side by side: most of them wait most of the time. Each wants up to 3 GB of memory for its TorchServe.
 WORKERS ?= 4
 
 ifeq ($(OS),Windows_NT)

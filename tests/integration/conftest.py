@@ -12,10 +12,11 @@ from tests.support.networks import random_resnet18
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[Node]:
-    """A TorchServe with both models, as config.properties serves them."""
+    """A TorchServe with both models, as config.properties serves them, but on two workers each on any machine."""
     folder = tmp_path_factory.mktemp("node")
     archives.store(folder, archives.build("efficientnet-lite0"), archives.build("resnet-18"))
-    with torchserve(folder, ["efficientnet-lite0", "resnet-18"]) as running:
+    config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=2\n"
+    with torchserve(folder, ["efficientnet-lite0", "resnet-18"], config) as running:
         yield running
 
 

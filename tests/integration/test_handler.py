@@ -1,8 +1,6 @@
 """handler.py inside a real TorchServe: right answers, and the batches they come from."""
 
 import io
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,12 +147,6 @@ def test_single_frames_and_json_batches_share_a_forward_pass(gathering_node: Nod
             probabilities = network(TRANSFORMS(Image.open(io.BytesIO(image)))[None]).softmax(1)[0].tolist()
         assert answer == pytest.approx(dict(zip(labels, probabilities, strict=True)), abs=1e-3)
         assert list(answer.values()) == sorted(answer.values(), reverse=True)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how many cores this process may use")
-def test_there_is_a_worker_for_each_core(node: Node) -> None:
-    for model in ("efficientnet-lite0", "resnet-18"):
-        assert len(node.describe(model)["workers"]) == len(os.sched_getaffinity(0))
 
 
 def test_resnet18_knows_the_cats_too(tmp_path: Path, archives: Archives, clip: list[Pixels]) -> None:

@@ -112,6 +112,7 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     assert_counts_add_up(workplace / "stream.err")
     assert all(len(answer) == 5 for output in found for answer in output.answers)
     assert (description["batchSize"], description["maxBatchDelay"]) == (4, 5)
+    assert len(description["workers"]) == len(os.sched_getaffinity(0)), "one for each core"
     assert len(answer) == 5
     old, new = (json.loads(printed[step])["inference"]["key"] for step in ("old keys", "new keys"))
     assert old != new
@@ -123,6 +124,7 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     assert_counts_add_up(workplace / "stream 2.err")
     assert all(len(output.answers[0]) == 4 for output in batches)
     assert (description["batchSize"], description["maxBatchDelay"]) == (1, 1)
+    assert len(description["workers"]) == len(os.sched_getaffinity(0))
     tens = outputs(printed["stream 10"])
     assert_shows_the_clip(tens, batch_size=10, frames=SHORT)
     assert [len(output.answers[0]) for output in tens] == [10] * 3

@@ -27,6 +27,7 @@ SINGLE, BATCHED = "resnet-18", "efficientnet-lite0"
 FLAGS = {SINGLE: [], BATCHED: ["--client-batching"]}
 # Enough for what request.py has in flight, 16 single frames, and too little for a flood beside it.
 QUEUE, FLOOD = 20, 80
+WORKERS = 2  # of each model, on any machine
 REFUSALS, REFUSAL_TIMEOUT_S = 500, 60.0
 KILL_PAUSE_S = 2.0
 
@@ -55,7 +56,8 @@ class Site:
         self.proxy: TcpProxy = cleanup.enter_context(tcp_proxy(self._ports[0]))
 
     def start(self) -> None:
-        config = (PROJECT / "config.properties").read_text() + f"\njob_queue_size={QUEUE}\n"
+        config = (PROJECT / "config.properties").read_text()
+        config += f"\njob_queue_size={QUEUE}\ndefault_workers_per_model={WORKERS}\n"
         node = torchserve(self.folder, [SINGLE, BATCHED], config, ports=self._ports)
         self.node: Node = self._running.enter_context(node)
 
