@@ -101,8 +101,8 @@ def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
         wait_until(is_ready)
         yield Prometheus(f"http://{listen}")
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        process.kill()
+        process.wait()
 
 
 def left(wrong: Callable[[], Any]) -> Any:

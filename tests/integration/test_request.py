@@ -12,7 +12,7 @@ from deploy.node import PROJECT, Node, free_ports
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CATS, frames_of, jpeg
 from tests.support.nodes import post, predictions_asked
-from tests.support.scripts import books, outputs, run
+from tests.support.scripts import books, outputs, run, started, wait_until
 
 MODEL = ["--model", "efficientnet-lite0"]
 
@@ -22,7 +22,7 @@ def test_torchserve_batches_single_frames(node: Node, long_clip: Path) -> None:
     asked = predictions_asked(node)
     done = run("request.py", *MODEL, "--url", node.url, "--input", long_clip, "--fps", "max", cwd=node.folder)
     assert done.returncode == 0, done.stderr
-    assert predictions_asked(node) - asked == 1 + 100  # a test picture first
+    wait_until(lambda: predictions_asked(node) - asked == 1 + 100)  # a test picture first
     found = outputs(done.stdout)
     assert [output.number for output in found] == [20, 40, 60, 80, 100]
     for output in found:
@@ -42,7 +42,7 @@ def test_client_batches_frames_as_json(node: Node, long_clip: Path) -> None:
     command = [*MODEL, "--url", node.url, "--input", str(long_clip), "--fps", "max"]
     done = run("request.py", *command, "--client-batching", "--batch-size", "3", cwd=node.folder)
     assert done.returncode == 0, done.stderr
-    assert predictions_asked(node) - asked == 1 + 34  # a test picture, 33 batches of 3, and one of 1
+    wait_until(lambda: predictions_asked(node) - asked == 1 + 34)  # a test picture, 33 batches of 3, and one of 1
     found = outputs(done.stdout)
     assert [output.number for output in found] == [20, 40, 60, 80, 100]
     assert [len(output.answers[0]) for output in found] == [3] * 5
@@ -211,7 +211,7 @@ def test_unreachable_stream_keeps_its_password(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 def test_reader_of_the_output_that_leaves_ends_the_run_quietly(fake: FakeServer, tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "request.py"), "--url", fake.url, "--log-every", "1"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
         process.stdout.readline()

@@ -13,7 +13,7 @@ from deploy.node import PROJECT
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CLIP
 from tests.support.programs import needs
-from tests.support.scripts import books, run, wait_until
+from tests.support.scripts import books, run, started, wait_until
 
 WINDOWS = PROJECT / ".venv" / "window"  # OpenCV with windows, put there by the Makefile
 no_windows = pytest.mark.skipif(not WINDOWS.is_dir(), reason="OpenCV with windows is missing: make .venv/dev")
@@ -41,7 +41,7 @@ def test_window_shows_the_frames_until_q_is_pressed(display: str, fake: FakeServ
     find = ["xdotool", "search", "--name", CLIP.name]
     with (
         (tmp_path / "errors").open("w") as errors,
-        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=errors) as process,
+        started(command, cwd=tmp_path, env=environment, stderr=errors) as process,
     ):
         wait_until(lambda: subprocess.run(find, env=environment, capture_output=True).returncode == 0)
         time.sleep(1)

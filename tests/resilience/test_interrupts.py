@@ -12,7 +12,7 @@ from deploy.node import PROJECT, free_ports
 from tests.support.fake_server import FakeServer
 from tests.support.frames import Pixels, jpeg, small
 from tests.support.mjpeg_camera import mjpeg_camera
-from tests.support.scripts import books, outputs, running, wait_until
+from tests.support.scripts import books, outputs, running, started, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
@@ -47,7 +47,7 @@ def test_interrupted_run_finishes_what_is_on_its_way(
     printed = tmp_path / "stdout"
     with (
         printed.open("w") as stdout,
-        subprocess.Popen([*command, "--log-every", "10"], stdout=stdout, stderr=subprocess.PIPE, text=True) as process,
+        started([*command, "--log-every", "10"], stdout=stdout, stderr=subprocess.PIPE) as process,
     ):
         wait_until(lambda: "frame number 10 " in printed.read_text())
         process.send_signal(number)
@@ -64,7 +64,7 @@ def test_interrupted_run_finishes_what_is_on_its_way(
 @pytest.mark.parametrize("fake", ["silent"], indirect=True)
 def test_second_interrupt_does_not_wait_for_answers(fake: FakeServer, tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "request.py"), "--url", f"http://127.0.0.1:{fake.server_port}"]
-    with subprocess.Popen(command, cwd=tmp_path) as process:
+    with started(command, cwd=tmp_path) as process:
         wait_until(lambda: fake.frames_asked > 0)
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -76,7 +76,7 @@ def test_second_interrupt_does_not_wait_for_answers(fake: FakeServer, tmp_path: 
 def test_interrupted_while_waiting_for_a_server(tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
     command = [sys.executable, str(PROJECT / "request.py"), "--url", address]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert process.stderr
         assert "gives no answers (Connection refused)" in process.stderr.readline().replace("[Errno 111] ", "")
         process.send_signal(signal.SIGINT)

@@ -25,10 +25,10 @@ PASSING_TROUBLE = ["429", "500", "502", "503", "504", "507", "half an answer", "
 def test_passing_trouble_costs_nothing(
     fake: FakeServer, as_json: bool, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 2.0)
-    monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
     with session(fake.url, stop, as_json=as_json) as server:
         server.wait_until_ready(5.0)
+        monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 2.0)
+        monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
         sent = frames(PICTURES)
         requests = [sent[:3], sent[3:]] if as_json else [[frame] for frame in sent]
         assert_all_answered(ask(server, *requests))
@@ -130,10 +130,10 @@ def test_stop_ends_the_retries(fake: FakeServer, stop: threading.Event) -> None:
 def test_silence_is_tried_again_and_given_up(
     fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
     with session(fake.url, stop) as server:
         server.wait_until_ready(1.0)
+        monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 0.5)
+        monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
         (result,) = ask(server, frames(PICTURES[:1]))
     assert result.outcome == "failed"
     assert "timed out" in str(result.error)
@@ -170,11 +170,11 @@ def test_answer_that_trickles_is_given_up(
     fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Something comes every 0.2 s, so that no timeout of the connection ends it."""
-    monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 1.5)
-    monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
     results: list[Result] = []
     with session(fake.url, stop) as server:
         server.wait_until_ready(0.5)
+        monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 1.5)
+        monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
         for frame in frames(PICTURES[:4]):
             server.ask([frame], results.append)
         server.finish()

@@ -124,8 +124,10 @@ def workers_killed(site: Site) -> Iterator[None]:
 def server_killed(site: Site) -> Iterator[None]:
     """Whole, and started again at the end, when it is ready."""
     site.kill()
-    yield
-    site.start()
+    try:
+        yield
+    finally:
+        site.start()
 
 
 @contextmanager
@@ -181,8 +183,10 @@ def network(mode: NetworkMode) -> Callable[[Site], AbstractContextManager[None]]
     @contextmanager
     def fault(site: Site) -> Iterator[None]:
         site.proxy.mode = mode
-        yield
-        site.proxy.mode = "well"
+        try:
+            yield
+        finally:
+            site.proxy.mode = "well"
 
     return fault
 
@@ -192,9 +196,11 @@ def camera(mode: CameraMode) -> Callable[[Site], AbstractContextManager[None]]:
     def fault(site: Site) -> Iterator[None]:
         for each in site.cameras:
             each.mode = mode
-        yield
-        for each in site.cameras:
-            each.mode = "streaming"
+        try:
+            yield
+        finally:
+            for each in site.cameras:
+                each.mode = "streaming"
 
     return fault
 

@@ -49,12 +49,8 @@ class Model:
 
     def answers(self, bodies: Sequence[Any], headers: Mapping[str, str] = HTTP) -> list[Any]:
         """Return the answer to each request's body, as TorchServe would get it; statuses are in the context."""
-        return self.answer([{"body": body} for body in bodies], [headers] * len(bodies))
-
-    def answer(self, rows: Sequence[dict[str, Any]], headers: Sequence[Mapping[str, str]]) -> list[Any]:
-        """Return the answers to requests as TorchServe hands them over: a dict each, with the parts of its body."""
-        self.context.request_processor = [RequestProcessor(dict(each)) for each in headers]
-        return self.handler.handle(list(rows), self.context)
+        self.context.request_processor = [RequestProcessor(dict(headers)) for _ in bodies]
+        return self.handler.handle([{"body": body} for body in bodies], self.context)
 
     def statuses(self) -> list[int]:
         """Return the HTTP statuses of the latest answers."""

@@ -8,19 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import pytest
 
 from deploy.node import PROJECT, Node
-from deploy.proxy import Proxy
-from tests.support.fake_server import FakeServer
 
 MODEL = "efficientnet-lite0"
 
@@ -164,9 +162,16 @@ class Run:
         return found
 
 
+class Server(Protocol):
+    """What request.py streams to."""
+
+    @property
+    def url(self) -> str: ...
+
+
 @contextmanager
 def running(
-    node: Node | FakeServer | Proxy, folder: Path, *arguments: str | Path, environment: dict[str, str] | None = None
+    node: Server, folder: Path, *arguments: str | Path, environment: dict[str, str] | None = None
 ) -> Iterator[Run]:
     """Run request.py until the block ends. Arguments that are given win over those that it gets anyway."""
     command = [sys.executable, str(PROJECT / "request.py"), "--url", node.url, "--quiet"]
@@ -183,6 +188,17 @@ def running(
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+@contextmanager
+def started(command: Sequence[str | Path], **options: Any) -> Iterator["subprocess.Popen[str]"]:
+    """Run a command with text as its output; it is killed if it outlives the block."""
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
 
 
 def longest_gap(lines: list[dict[str, Any]], camera: str) -> float:

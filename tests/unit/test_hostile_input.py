@@ -16,6 +16,7 @@ from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.fuzz_handler import Subject
 from tests.support.hostile import BAD_JSON, bad_frames, excesses, many_chunks, many_scans
 from tests.support.in_process import Model
+from tests.support.nodes import BATCH_HEADER
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def test_bad_frames_of_a_json_batch_cost_only_themselves(model: Model, clip: lis
     [answers] = model.answers([batch])
     assert model.statuses() == [200]
     assert len(answers) == len(batch)
+    assert model.context.get_response_headers(0)[BATCH_HEADER] == "2"
     [alone] = model.answers([as_json(*good)])
     position_of_last_good = 1 + len(bad_frames())
     assert [answers[0], answers[position_of_last_good]] == [pytest.approx(answer, abs=1e-5) for answer in alone]
