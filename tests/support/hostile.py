@@ -4,6 +4,7 @@ import json
 import struct
 import zlib
 from functools import cache
+from typing import Any
 
 import skimage.data
 from PIL import Image
@@ -121,3 +122,11 @@ def excesses() -> dict[str, tuple[str, str]]:
             "too many pixels in a request: over 132,710,400",
         ),
     }
+
+
+def as_torchserve_parses(text: str) -> Any:
+    """Return what a handler gets for a body that calls itself JSON: what it says, or the bytes if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return bytearray(text.encode())

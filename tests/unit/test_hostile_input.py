@@ -1,20 +1,14 @@
 """handler.py against broken and hostile bodies: each costs only its sender, and gets the reason in one line."""
 
-import gc
-import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 from PIL import Image
 
 from handler import MAX_REQUEST_FRAMES, MOST_PARTS
 from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.fuzz_handler import Subject
-from tests.support.hostile import BAD_JSON, bad_frames, excesses, many_chunks, many_scans
+from tests.support.hostile import BAD_JSON, as_torchserve_parses, bad_frames, excesses, many_scans
 from tests.support.in_process import Model
 from tests.support.nodes import BATCH_HEADER
 
@@ -22,14 +16,6 @@ from tests.support.nodes import BATCH_HEADER
 @pytest.fixture(scope="module")
 def subject(resnet18: Path) -> Subject:
     return Subject(resnet18)
-
-
-def as_torchserve_parses(text: str) -> Any:
-    """Return what a handler gets for a body that calls itself JSON: what it says, or the bytes if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return bytearray(text.encode())
 
 
 def test_broken_frame_costs_only_itself(subject: Subject) -> None:
@@ -85,32 +71,3 @@ def test_jpeg_of_as_many_scans_as_it_may_have_is_a_frame(model: Model) -> None:
     assert 3 < scans < most / 2
     model.answers([many_scans(500, most - scans), many_scans(500, most - scans + 1)])
     assert model.statuses() == [200, 400]
-
-
-@pytest.fixture
-def largest_bodies() -> Iterator[list[Any]]:
-    """The largest that is taken or refused, as TorchServe hands it over."""
-    large = [encoded(Image.new("RGB", (7680, 4320), "red"), kind) for kind in ("PNG", "WEBP")]
-    texts = as_json(*[many_chunks(b"iTXt", 4)] * 60)
-    bodies = [*large, many_chunks(b"iTXt", 4), texts]
-    bodies += [as_torchserve_parses(text) for text, _ in [*BAD_JSON.values(), *excesses().values()]]
-    yield bodies
-    bodies.clear()
-
-
-def test_memory_stays_flat(subject: Subject, largest_bodies: list[Any]) -> None:
-    """Over and over, in a thread as in TorchServe's worker: what was taken is given back."""
-
-    def memory() -> float:
-        for body in largest_bodies:
-            subject.try_body(body)
-        return psutil.Process().memory_info().rss / 1e6
-
-    gc.disable()  # It would hide what is kept longer than needed.
-    try:
-        with ThreadPoolExecutor(1) as thread:
-            before = thread.submit(memory).result()
-            after = [thread.submit(memory).result() for _ in range(3)][-1]
-    finally:
-        gc.enable()
-    assert after - before < 150
