@@ -243,6 +243,19 @@ def test_absent_camera_is_waited_for_unless_it_is_required(
     assert "hunter2" not in request.stderr() + done.stderr
 
 
+@pytest.mark.parametrize("fake", ["503"], indirect=True)
+def test_live_camera_never_gives_up_on_a_server(fake: FakeServer, pictures: list[bytes], tmp_path: Path) -> None:
+    """A file would: its run ends after --server-wait, see tests/resilience/test_restarts.py."""
+    with (
+        mjpeg_camera(pictures, fps=5) as camera,
+        running(fake, tmp_path, "--input", camera.url, "--server-wait", "1") as request,
+    ):
+        request.wait_until(lambda: [line["outcome"] for line in request.results()].count("failed") > 3)
+        fake.behaviour = "good"
+        request.wait_until(lambda: request.answered(camera.url) != [])
+        request.end()
+
+
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 def test_no_thread_is_left(fake: FakeServer, short_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import request as request_py
