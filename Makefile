@@ -14,10 +14,10 @@ endif
 .DELETE_ON_ERROR:
 
 demo: .venv/server  ## both recipes on the sample clip
-	$(BIN)/python -m deploy.demo
+	$(BIN)/python -m demo
 
 cluster: .venv/server  ## two TorchServe nodes behind nginx, and four cameras; needs nginx
-	$(BIN)/python -m deploy.demo --cluster
+	$(BIN)/python -m demo --cluster
 
 test: test-unit  ## all tests, the others against a real TorchServe
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/integration tests/resilience

@@ -35,7 +35,7 @@ from benchmarks import report
 from benchmarks.in_process import ceiling
 from benchmarks.load import saturate
 from benchmarks.servers import RAW, Server, build_archive, original, other, ours
-from deploy.node import PROJECT, java_version
+from demo.node import PROJECT, java_version
 from tests.support.in_process import Model
 
 HERE = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ import psutil
 import requests
 
 from create_mar_file import imagenet_labels
-from deploy.node import PROJECT, NodeError, end, free_ports, torchserve
+from demo.node import PROJECT, NodeError, end, free_ports, torchserve
 
 READY_TIMEOUT_S = 180.0
 RAW = {"Content-Type": "application/octet-stream"}

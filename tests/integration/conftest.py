@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deploy.node import PROJECT, Node, torchserve
+from demo.node import PROJECT, Node, torchserve
 from tests.support.archives import Archives
 from tests.support.networks import random_resnet18
 

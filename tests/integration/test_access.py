@@ -10,7 +10,7 @@ import grpc
 import pytest
 import requests
 
-from deploy.node import PROJECT, Node
+from demo.node import PROJECT, Node
 from tests.support.endpoints import DESCRIPTIONS, INFERENCE, MANAGEMENT, METRICS, address
 from tests.support.scripts import MODEL, wait_until
 

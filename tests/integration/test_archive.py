@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import create_mar_file
-from deploy.node import free_ports
+from demo.node import free_ports
 from tests.support.archives import Archives
 from tests.support.scripts import run
 

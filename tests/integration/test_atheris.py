@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 from tests.support.archives import unpacked_archive
 
 

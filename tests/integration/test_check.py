@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.node import Node, free_ports
+from demo.node import Node, free_ports
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CATS, CLIP, frames_of, jpeg
 from tests.support.scripts import run

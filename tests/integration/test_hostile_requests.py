@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import requests
 
-from deploy.node import Node
+from demo.node import Node
 from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.fuzz_handler import assert_harmless, seeds
 from tests.support.hostile import BAD_JSON, CAT, NO_BATCH, bad_frames, excesses

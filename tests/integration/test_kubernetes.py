@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deploy.node import PROJECT, java_environment
+from demo.node import PROJECT, java_environment
 from tests.support.archives import Archives
 from tests.support.frames import Pixels, jpeg
 from tests.support.manifests import CONTAINER, DOCUMENTS, POD, SERVICE

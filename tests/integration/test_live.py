@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.node import PROJECT, free_ports
+from demo.node import PROJECT, free_ports
 from edge.cameras import OPEN_TIMEOUT_MS
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CLIP, Pixels, frames_of, jpeg, small, write_video

@@ -15,7 +15,7 @@ import pytest
 import requests
 import yaml
 
-from deploy.node import Node, free_ports
+from demo.node import Node, free_ports
 from tests.support.endpoints import address
 from tests.support.frames import Pixels, jpeg, small
 from tests.support.mjpeg_camera import mjpeg_camera

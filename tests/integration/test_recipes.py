@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from deploy.node import PROJECT, java_environment
+from demo.node import PROJECT, java_environment
 from tests.support.frames import CATS, Pixels, frames_of, jpeg
 from tests.support.programs import ISOLATED, needs
 from tests.support.project_copy import copy_project, shorten_clip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.node import PROJECT, Node, free_ports
+from demo.node import PROJECT, Node, free_ports
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CATS, frames_of, jpeg
 from tests.support.nodes import post, predictions_asked

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from deploy.node import free_ports
+from demo.node import free_ports
 from edge.cameras import OPEN_TIMEOUT_MS, Camera, Frame, SourceError
 from tests.support.frames import jpeg
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera

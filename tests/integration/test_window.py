@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CLIP
 from tests.support.programs import needs

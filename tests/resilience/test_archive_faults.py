@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import create_mar_file
-from deploy.node import PROJECT
+from demo.node import PROJECT
 from tests.support.programs import ISOLATED, needs
 from tests.support.scripts import run, started
 

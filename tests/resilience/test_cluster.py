@@ -15,9 +15,8 @@ import psutil
 import pytest
 import requests
 
-from deploy.demo import node_config
-from deploy.node import NODE_PORTS, Node, free_ports, torchserve
-from deploy.proxy import Proxy, nginx
+from demo.node import NODE_PORTS, Node, free_ports, torchserve
+from demo.proxy import Proxy, nginx, node_config
 from edge.client import BODY_LIMIT, TEST_PICTURE
 from tests.support.archives import TINY, Archives
 from tests.support.endpoints import INFERENCE, MANAGEMENT, METRICS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 from tests.support.fake_server import FakeServer
 from tests.support.frames import frames_of
 from tests.support.programs import needs

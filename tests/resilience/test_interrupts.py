@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.node import PROJECT, free_ports
+from demo.node import PROJECT, free_ports
 from tests.support.fake_server import FakeServer
 from tests.support.frames import Pixels, jpeg, small
 from tests.support.mjpeg_camera import mjpeg_camera

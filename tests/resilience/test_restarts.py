@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
+from demo.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
 from tests.support.archives import TINY, Archives
 from tests.support.nodes import rotate_token
 from tests.support.scripts import MODEL, books, json_lines, running

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from deploy.node import free_ports
+from demo.node import free_ports
 from edge.retries import ServerError
 from edge.stats import Result
 from tests.support.client import PICTURES, ask, assert_all_answered, frames, session

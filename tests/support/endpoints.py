@@ -2,7 +2,7 @@
 
 import re
 
-from deploy.node import Node
+from demo.node import Node
 from tests.support.scripts import MODEL
 
 INFERENCE = [

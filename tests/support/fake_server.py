@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deploy.node import free_ports
+from demo.node import free_ports
 
 
 class FakeServer(http.server.ThreadingHTTPServer):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from deploy.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve, wait_until_ready
+from demo.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve, wait_until_ready
 from edge.client import TEST_PICTURE
 from tests.support.archives import Archives
 from tests.support.mjpeg_camera import MjpegCamera

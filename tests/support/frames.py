@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3), BGR
 

@@ -2,7 +2,7 @@
 
 import yaml
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 
 FOLDER = PROJECT / "deploy" / "kubernetes"
 DOCUMENTS = {document["kind"]: document for document in yaml.safe_load_all((FOLDER / "torchserve.yaml").read_text())}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from deploy.node import free_ports
+from demo.node import free_ports
 
 Mode = Literal["streaming", "cut", "stalled", "mute", "garbage"]
 

@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 
 MONITORING = PROJECT / "deploy" / "monitoring"
 ALERT_TESTS = PROJECT / "tests" / "support" / "alerts_test.yml"

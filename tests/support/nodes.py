@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import requests
 
-from deploy.node import Node
+from demo.node import Node
 
 BATCH_HEADER = "X-Forward-Batch-Size"  # of every response: how many frames shared the forward pass
 TIMEOUT_S = 120.0

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from deploy.proxy import PATH
+from demo.proxy import PATH
 
 # Program -> the command that installs it.
 INSTALL = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 from tests.support.frames import CLIP
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import psutil
 import pytest
 
-from deploy.node import PROJECT, Node
+from demo.node import PROJECT, Node
 
 MODEL = "efficientnet-lite0"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from deploy.node import free_ports
+from demo.node import free_ports
 
 Mode = Literal["well", "latency", "trickle", "reset", "blackhole"]
 

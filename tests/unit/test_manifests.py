@@ -5,7 +5,7 @@ import json
 import kubernetes_validate
 import pytest
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 from tests.support.manifests import CONTAINER, DOCUMENTS, POD, SERVICE
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import create_mar_file
-from deploy.node import PROJECT
+from demo.node import PROJECT
 from edge import options
 from tests.support.frames import CLIP
 

@@ -5,7 +5,7 @@ import re
 from statistics import median
 from typing import Any
 
-from deploy.node import PROJECT
+from demo.node import PROJECT
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 HERE = "examples/image_classifier/near_real_time_video"

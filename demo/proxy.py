@@ -1,6 +1,6 @@
 """nginx before TorchServe nodes, with deploy/nginx/torchserve.conf, for as long as a `with` block lasts.
 
-Used by demo.py and by the tests: it listens on a free port of 127.0.0.1, and all that it reads and writes is in a
+Used by the demo and by the tests: it listens on a free port of 127.0.0.1, and all that it reads and writes is in a
 folder. For real, it goes into the system's nginx as deploy/README.md says.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.node import POLL_S, PROJECT, NodeError, end, free_ports
+from demo.node import POLL_S, PROJECT, NodeError, end, free_ports
 
 READY_TIMEOUT_S = 30.0
 EXAMPLE_NODE = "10.0.0.11:8080"  # in nodes.conf
@@ -48,6 +48,12 @@ class Proxy:
         """Return for each request that was answered the node, host:port, that did it."""
         tried = re.findall(r'(?m)" 200 bytes=.* nodes="(.*)" statuses', self.log.read_text())
         return [nodes.split(", ")[-1] for nodes in tried]
+
+
+def node_config(workers: int) -> str:
+    """Return the configuration of a node behind nginx that has its part of this machine's cores."""
+    parts = [PROJECT / "config.properties", PROJECT / "deploy" / "nginx" / "node.properties"]
+    return "\n".join(part.read_text() for part in parts) + f"\ndefault_workers_per_model={max(1, workers)}\n"
 
 
 @contextmanager

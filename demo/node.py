@@ -1,4 +1,4 @@
-"""One TorchServe node on this machine, for as long as a `with` block lasts. Used by demo.py and by the tests.
+"""One TorchServe node on this machine, for as long as a `with` block lasts. Used by the demo and by the tests.
 
 Every node has free ports, a temporary directory and a working directory of its own, so that any number of them run
 side by side and none is mistaken for another. To serve for real, start TorchServe as README.md says.

@@ -1,4 +1,4 @@
-"""Both recipes of README.md, from the archive to the answers: `make demo`, or `python -m deploy.demo`.
+"""Both recipes of README.md, from the archive to the answers: `make demo`, or `python -m demo`.
 
 With --cluster, `make cluster`: four cameras, nginx, and two TorchServe nodes. Works in a temporary directory and on
 free ports, and leaves nothing running, whether it ends well, fails or is interrupted. Exit code: 0 if every frame of
@@ -19,8 +19,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from create_mar_file import RESNET18, DownloadError, download_weights
-from deploy.node import PROJECT, NodeError, torchserve
-from deploy.proxy import nginx
+from demo.node import PROJECT, NodeError, torchserve
+from demo.proxy import nginx, node_config
 
 NODES = 2
 CAMERAS = 4
@@ -81,12 +81,6 @@ def cluster(folder: Path, model: str) -> None:
         for address, count in sorted(Counter(proxy.nodes_that_answered()).items()):
             print(f"node {address} answered {count} requests")
     print("nginx and TorchServe have stopped. deploy/README.md says how to do this with machines of your own.")
-
-
-def node_config(workers: int) -> str:
-    """Return the configuration of a node behind nginx that has its part of this machine's cores."""
-    parts = [PROJECT / "config.properties", PROJECT / "deploy" / "nginx" / "node.properties"]
-    return "\n".join(part.read_text() for part in parts) + f"\ndefault_workers_per_model={max(1, workers)}\n"
 
 
 def main() -> int:
