@@ -1,7 +1,7 @@
-# Everything from a fresh clone; needs Python 3.10 or newer, and make.
+# Everything works in a fresh clone; it needs Python 3.10 or newer, and make.
 PYTHON ?= python3
 MINUTES ?= 10
-# Tests side by side: most of them wait most of the time. Each wants up to 3 GB of memory for its TorchServe.
+# Tests in parallel: most of them wait most of the time. Each needs up to 3 GB of memory for its TorchServe.
 WORKERS ?= 4
 
 ifeq ($(OS),Windows_NT)
@@ -45,8 +45,8 @@ diagrams: .venv/dev  ## architecture/*.png anew
 clean:
 	rm -rf .venv
 
-# What is installed where: the edge device's packages and the server's, and for developers the rest. OpenCV with windows
-# gets a folder of its own, since it can't be beside the one without; the tests of --show use it.
+# .venv/server has the packages of the edge device and of the server; .venv/dev adds the packages for developers, and
+# .venv/bench those of the benchmark.
 .venv/server: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@echo "installing into .venv: PyTorch is large, the first time takes minutes"
@@ -56,9 +56,8 @@ clean:
 
 .venv/dev: .venv/server
 	$(BIN)/python -m pip install --quiet '.[server,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/window 'opencv-python>=4.10,<6'
-# KServe's classes, which the test of deploy/kubernetes/kserve.yaml asks, without the model server around them. The
-# Kubernetes client is the last one whose classes are made as KServe's are.
+# KServe's classes, for the test of deploy/kubernetes/kserve.yaml, without the model server around them. The Kubernetes
+# client is the last version whose classes are built like KServe's.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/kserve 'kserve==0.21.*' 'kubernetes<36' \
 		python-dateutil six
 	touch $@

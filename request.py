@@ -1,301 +1,198 @@
-"""Stream cameras to TorchServe and tell what it sees: the program of an edge device.
+"""Stream cameras to TorchServe and print its predictions: the program of an edge device.
 
-Each camera has a reader thread, which reads frames with OpenCV and encodes them as JPEG. One sender thread takes them
-from the cameras in turn and posts them to TorchServe without waiting for answers: each frame as a request of its own,
-which TorchServe gathers into batches, or, with --client-batching, n frames as one JSON batch. The main thread puts the
-results of each camera into frame order and gives them to the sinks.
+    camera -> read_frames() -> frame buffer -> send_frames() -> requests in flight -> write_results() -> outputs
 
-    cameras -> reader threads -> buffer -> sender thread -> requests in flight -> main thread -> sinks
-
-Every frame that was captured gets one result: answered, failed, dropped or expired. Answers go to standard output, all
-else to standard error. Exit codes: 0 every frame was answered, or dropped as it was asked for, 1 some failed, or an
-output did, 2 wrong usage, 3 a source can't be read, 4 the server can't be used, 130 interrupted.
+read_frames() runs in a reader thread for each camera, send_frames() in the sender thread, write_results() in the main
+thread. A request holds one frame, and TorchServe batches the requests; with --client-batching it holds a JSON batch.
+Every captured frame gets one result: answered, failed, dropped or expired. Predictions go to standard output, all else
+to standard error. `request.py --help` lists the exit codes.
 """
 
-import argparse
 import logging
-import os
 import queue
-import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from operator import methodcaller
-from typing import Any, NoReturn
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from edge.buffer import BATCH_WAIT_S, Buffer, DropPolicy, InOrder
-from edge.cameras import Camera, Frame, SourceError
+from edge.buffer import FrameBuffer, ReorderBuffer
+from edge.cameras import Camera
 from edge.check import check
-from edge.client import TorchServe
-from edge.metrics import metrics_page
-from edge.options import parse_args
-from edge.retries import ServerError
-from edge.sinks import JsonLines, Progress, Sink, SinkError, Terminal, Video, Window
-from edge.stats import Books, Outcome, Result, table
+from edge.client import TorchServeClient
+from edge.errors import EdgeError, ServerError, SourceError
+from edge.frames import Frame, Result
+from edge.metrics import serve_metrics
+from edge.options import Options, parse_args
+from edge.outputs import JsonLines, Output, Outputs, Progress, Terminal
+from edge.process import handle_signals, run_and_leave
+from edge.stats import CameraStats, summary
+from edge.timing import Timing
+from edge.video import Video
 
-FRAMES_WAITING = 4  # of each camera, or a JSON batch if that is more: enough for a hiccup, little enough to stay fresh
-RESULTS_WAITING = 100  # Beyond that, a slow sink slows down everything before it.
-LEAD = 4  # So many times the frames in flight may a camera be ahead of its latest result.
-CHECK_PATIENCE_S = 2.0  # Whoever looks wants to know how it is now.
-POLL_S = 0.1
-STOP_TIMEOUT_S = 10.0  # for a camera that hangs in the driver
+MAX_FRAMES = 4  # that wait of each camera, or a JSON batch if that is more: enough for a short delay, and still fresh
+MAX_RESULTS = 100  # With more waiting results, a slow output slows down everything before it.
+REORDER_WINDOW = 4  # So many times the frames in flight, a camera may be ahead of its latest result.
 
 log = logging.getLogger("edge")
 
-Deliver = Callable[[Result], None]
 
+class Pipeline:
+    """What the threads of a run share, and what they do."""
 
-@dataclass(frozen=True)
-class End:
-    """The last that comes from a thread, with what ended it."""
+    def __init__(
+        self, cameras: list[Camera], client: TorchServeClient, options: Options, stop: threading.Event, timing: Timing
+    ) -> None:
+        self.stats = {camera: CameraStats() for camera in cameras}
+        self.client, self.options, self.stop, self.timing = client, options, stop, timing
+        policies = {camera: options.drop or ("oldest" if camera.is_live else "none") for camera in cameras}
+        window = REORDER_WINDOW * options.max_in_flight * options.frames_per_request
+        self.buffer = FrameBuffer(max(MAX_FRAMES, options.batch_size), policies, window, stop, timing)
+        self.results: queue.Queue[Result | Future[None]] = queue.Queue(MAX_RESULTS)  # at last the threads
+        self.error: BaseException | None = None
+        self.source_error: SourceError | None = None
 
-    error: BaseException | None
-
-
-def read(camera: Camera, book: Books, buffer: Buffer, deliver: Deliver, stop: threading.Event) -> None:
-    """A reader thread: put a camera's frames into the buffer, and report those that had to go."""
-    try:
-        for frame in camera.frames(stop):
-            book.captured += 1
-            if dropped := buffer.put(frame):
-                deliver(unsent(dropped, "dropped", "the run ended" if stop.is_set() else "buffer full"))
-    finally:
-        buffer.close(camera)
-
-
-def send(
-    buffer: Buffer, server: TorchServe, per_request: int, max_age_s: float, deliver: Deliver, stop: threading.Event
-) -> None:
-    """The sender thread: post the frames, `per_request` at a time, unless they have become too old."""
-    try:
-        while True:
-            # Room first: while frames wait for it in the buffer, the stalest can still be dropped.
-            server.wait_for_room()
-            frames = buffer.take(per_request)
-            if not frames:
-                break
-            oldest, is_ending, fresh = time.monotonic() - max_age_s, stop.is_set(), []
-            for frame in frames:
-                if is_ending:
-                    deliver(unsent(frame, "dropped", "the run ended"))
-                elif frame.captured_at < oldest:
-                    deliver(unsent(frame, "expired", f"older than {1000 * max_age_s:g} ms"))
-                else:
-                    fresh.append(frame)
-            if fresh:
-                server.ask(fresh, deliver)
-    finally:
-        server.finish()
-
-
-def unsent(frame: Frame, outcome: Outcome, error: str) -> Result:
-    """Return the result of a frame that was not sent, without its picture: there may be many of them."""
-    return Result(replace(frame, jpeg=b""), outcome, error=error)
-
-
-def run(results: "queue.Queue[Result | End]", work: Callable[..., None], *arguments: object) -> None:
-    """What every thread does: its work, and then say that it has ended, and how."""
-    error = None
-    try:
-        work(*arguments)
-    except BaseException as caught:  # noqa: BLE001 - stream() raises it.
-        error = caught
-    results.put(End(error))
-
-
-def tell(sinks: list[Sink], action: Callable[[Sink], None], stop: threading.Event) -> None:
-    """Do something with every sink; one that can't be written is left out from then on."""
-    for sink in list(sinks):
+    def read_frames(self, camera: Camera) -> None:
+        """Read the frames of a camera into the buffer (reader thread)."""
         try:
-            action(sink)
-        except BrokenPipeError:  # Whoever read our output has left, as `| head` does.
-            sinks.remove(sink)
-            stop.set()
-        except Exception as error:  # noqa: BLE001 - One output must not end the others.
-            sinks.remove(sink)
-            log.error("%s fails, going on without it: %s: %s", sink.name, type(error).__name__, error)
+            for frame in camera.frames(self.stop):
+                self.stats[camera].captured += 1
+                if dropped := self.buffer.put(frame):
+                    reason = "the run ended" if self.stop.is_set() else "buffer full"
+                    self.results.put(Result.not_sent(dropped, "dropped", reason))
+        finally:
+            self.buffer.close(camera)
 
+    def send_frames(self) -> None:
+        """Send the frames of the buffer without waiting for responses (sender thread)."""
+        try:
+            while True:
+                # First a slot: while frames wait for it in the buffer, the oldest of them can still be dropped.
+                self.client.wait_for_slot()
+                frames = self.buffer.get_batch(self.options.frames_per_request)
+                if not frames:
+                    return
+                if fresh := [frame for frame in frames if self.is_fresh(frame)]:
+                    self.client.submit(fresh, self.results.put)
+        finally:
+            self.client.drain()
 
-def stream(
-    books: dict[Camera, Books], server: TorchServe, sinks: list[Sink], args: argparse.Namespace, stop: threading.Event
-) -> int:
-    """Run the pipeline until all files have ended or `stop` is set, and print the books.
+    def is_fresh(self, frame: Frame) -> bool:
+        """Whether a frame is still to be sent. Otherwise put its result into the queue."""
+        if self.stop.is_set():
+            self.results.put(Result.not_sent(frame, "dropped", "the run ended"))
+            return False
+        if time.monotonic() - frame.captured_at > self.options.max_age_s:
+            self.results.put(Result.not_sent(frame, "expired", f"older than {1000 * self.options.max_age_s:g} ms"))
+            return False
+        return True
 
-    Returns 0, or 1 if a frame failed or a sink did. Raises SourceError if a file can't be read, ServerError if a file
-    has waited for the server long enough; the books are closed and printed before.
-    """
-    orders = {camera: InOrder() for camera in books}
-    policies: dict[Camera, DropPolicy] = {
-        camera: args.drop or ("oldest" if camera.is_live else "none") for camera in books
-    }
-    lead = LEAD * args.max_in_flight * per_request(args)
-    buffer = Buffer(max(FRAMES_WAITING, args.batch_size), policies, stop, lead, min(BATCH_WAIT_S, args.max_age / 2))
-    results: queue.Queue[Result | End] = queue.Queue(RESULTS_WAITING)
-
-    def deliver(result: Result) -> None:
-        needs_picture = args.show or args.save_video
-        results.put(result if needs_picture else replace(result, frame=replace(result.frame, jpeg=b"")))
-
-    works: list[tuple[Any, ...]] = [
-        (f"reader of {camera.name}", read, camera, book, buffer, deliver, stop) for camera, book in books.items()
-    ]
-    works.append(("sender", send, buffer, server, per_request(args), args.max_age, deliver, stop))
-    # Daemons, for a camera may hang in its driver for ever.
-    threads = [threading.Thread(target=run, args=(results, *work), name=name, daemon=True) for name, *work in works]
-    all_sinks, errors, gave_up, running, silence_s = len(sinks), [], False, len(threads), 0.0
-    for thread in threads:
-        thread.start()
-    try:
-        while running and silence_s < STOP_TIMEOUT_S:
+    def write_results(self, outputs: Outputs, threads: int) -> None:
+        """Write the results of each camera in frame order, until all threads have ended (main thread)."""
+        reorder_buffers = {camera: ReorderBuffer() for camera in self.stats}
+        idle_s = 0.0  # since `stop` was set: a camera may hang in its driver forever
+        while threads and idle_s < self.timing.stop_s:
             try:
-                item = results.get(timeout=POLL_S)
+                item = self.results.get(timeout=self.timing.poll_s)
             except queue.Empty:
-                item = None
-            silence_s = silence_s + POLL_S if item is None and stop.is_set() else 0.0
-            tell(sinks, methodcaller("idle"), stop)
-            if isinstance(item, End):
-                running -= 1
-                if isinstance(item.error, SourceError):
-                    log.error("%s", item.error)  # The others go on.
-                elif item.error:
-                    stop.set()
-                errors += [item.error] if item.error else []
-            elif item:
-                for result in orders[item.frame.camera].add(item):
-                    camera, number = result.frame.camera, result.frame.number
-                    if books[camera].add(result) and result.outcome == "failed":
-                        log.warning("%s: frame %d failed: %s", camera.name, number, result.error)
-                    if result.outcome != "dropped":
-                        buffer.delivered(camera)
-                    tell(sinks, methodcaller("show", result), stop)
-                if (
-                    item.outcome == "failed"
-                    and not item.frame.camera.is_live
-                    and server.health.is_away(args.server_wait)
-                ):
-                    gave_up = True
-                    stop.set()
-    finally:
-        stop.set()
+                idle_s += self.timing.poll_s if self.stop.is_set() else 0.0
+                outputs.poll()
+                continue
+            idle_s = 0.0
+            if isinstance(item, Future):
+                threads -= 1
+                self.record_error(item.exception())
+                continue
+            self.check_server(item)
+            camera = item.frame.camera
+            for result in reorder_buffers[camera].add(item if self.options.save_video else item.without_image()):
+                if self.stats[camera].record(result) and result.outcome == "failed":
+                    log.warning("%s: frame %d failed: %s", camera.name, result.frame.number, result.error)
+                if result.outcome != "dropped":
+                    self.buffer.release(camera)
+                outputs.write(result)
+
+    def check_server(self, result: Result) -> None:
+        """End the run if a frame of a file failed and the server did not respond for --server-wait."""
+        health, wait_s = self.client.health, self.options.server_wait_s
+        if result.outcome == "failed" and not result.frame.camera.is_live and health.down_for_s() >= wait_s:
+            text = f"{self.options.url} did not respond for {wait_s:g} s ({health.last_error}): see the server's logs"
+            self.record_error(ServerError(text))
+
+    def record_error(self, error: BaseException | None) -> None:
+        """Keep the error that run() raises. It ends the run, unless it is a source that can't be read."""
+        if isinstance(error, SourceError):
+            log.error("%s", error)
+            self.source_error = self.source_error or error
+        elif error:
+            self.error = self.error or error
+            self.stop.set()
+
+    def run(self, outputs: Outputs) -> int:
+        """Stream until all files end or `stop` is set; print the summary and return the exit code. Raises EdgeError."""
+        pool = ThreadPoolExecutor(len(self.stats) + 1)
+        readers = [pool.submit(self.read_frames, camera) for camera in self.stats]
+        threads = [*readers, pool.submit(self.send_frames)]
         for thread in threads:
-            thread.join(POLL_S)
-            if thread.is_alive():
-                log.warning("the %s hangs and is left behind", thread.name)
-        tell(sinks, methodcaller("close"), stop)
-        print(table(books), file=sys.stderr)
+            thread.add_done_callback(self.results.put)
+        try:
+            self.write_results(outputs, len(threads))
+        finally:
+            self.stop.set()
+            pool.shutdown(wait=False)
+            for camera, reader in zip(self.stats, readers, strict=True):
+                if not reader.done():
+                    log.warning("the reader of %s hangs and is left behind", camera.name)
+            outputs.close()
+            print(summary(self.stats), file=sys.stderr)
+        if error := self.error or self.source_error:
+            raise error
+        return 1 if outputs.has_failed or any(counts.outcomes["failed"] for counts in self.stats.values()) else 0
 
-    unforeseen = [error for error in errors if not isinstance(error, SourceError)]
-    if gave_up and not unforeseen:
-        raise ServerError(
-            f"{server.url} gave no answer for {args.server_wait:g} s ({server.health.trouble}): see the server's logs"
-        )
-    for error in unforeseen + errors:
-        raise error
-    return 1 if len(sinks) < all_sinks or any(book.outcomes["failed"] for book in books.values()) else 0
+
+def open_outputs(cameras: list[Camera], options: Options, stop: threading.Event) -> Outputs:
+    """Open the outputs that were asked for. Raises OutputError if one can't be opened."""
+    outputs: list[Output] = []
+    if options.jsonl is not None:
+        outputs.append(JsonLines(options.jsonl))
+    outputs += [Video(path, camera) for path, camera in zip(options.video_paths, cameras, strict=False)]
+    if not options.quiet and options.jsonl != "-":
+        outputs.append(Terminal(options.batch_size, options.client_batching, options.log_every, len(cameras) > 1))
+    if sys.stderr.isatty() and not options.loop and not any(camera.is_live for camera in cameras):
+        outputs.append(Progress(cameras))
+    return Outputs(outputs, stop)
 
 
-def per_request(args: argparse.Namespace) -> int:
-    """Return the number of frames in a request."""
-    return int(args.batch_size) if args.client_batching else 1
+def stream(cameras: list[Camera], options: Options, stop: threading.Event, timing: Timing) -> int:
+    """Check the files, wait for the server, and run the pipeline; return the exit code. Raises EdgeError."""
+    with TorchServeClient(options, stop, timing) as client:
+        pipeline = Pipeline(cameras, client, options, stop, timing)
+        with serve_metrics(options.metrics_port, pipeline.stats):
+            for camera in cameras:
+                if options.require_cameras or not camera.is_live:
+                    camera.check()
+            client.wait_until_ready()
+            return 0 if stop.is_set() else pipeline.run(open_outputs(cameras, options, stop))
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # A name may have any letters.
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, force=True)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # It tells every attempt; edge.retries tells the trouble once.
-    stop = threading.Event()
-    was_interrupted = False
-    # Windows has no SIGHUP; nohup has it ignored.
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    signals = [number for number in signals if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
-
-    def interrupt(*_: object) -> None:
-        """Stop reading and finish what is on its way; a second signal ends the program at once."""
-        nonlocal was_interrupted
-        was_interrupted = True
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        # In a thread: the one that was interrupted may just hold the event's lock.
-        threading.Thread(target=stop.set).start()
-
-    for number in signals:
-        signal.signal(number, interrupt)
-    cameras = [Camera(name, args.fps, args.loop, args.resize, args.jpeg_quality) for name in args.input]
+    options, timing = parse_args(argv), Timing()
+    stop, interrupted = threading.Event(), threading.Event()
+    handle_signals(stop, interrupted)
+    cameras = [
+        Camera(name, options.fps, options.loop, options.resize, options.jpeg_quality, timing) for name in options.input
+    ]
     if len({camera.name for camera in cameras}) < len(cameras):
-        log.warning("two cameras have the same name: their results can't be told apart")
-    books = {camera: Books() for camera in cameras}
+        log.warning("two cameras have the same name: their results look alike")
     try:
-        with (
-            logging_redirect_tqdm(),
-            metrics_page(None if args.check else args.metrics_port, books),
-            TorchServe(
-                args.url,
-                args.model,
-                args.token_file,
-                args.management_url,
-                args.client_batching,
-                args.max_in_flight,
-                min(args.server_wait, CHECK_PATIENCE_S) if args.check else args.server_wait,
-                stop,
-            ) as server,
-        ):
-            if args.check:
-                code = check(cameras, server, per_request(args), args.max_in_flight)
-            else:
-                for camera in cameras:
-                    if args.require_cameras or not camera.is_live:
-                        camera.check()
-                server.wait_until_ready(min(args.server_wait, args.max_age))
-                code = 0 if stop.is_set() else stream(books, server, open_sinks(cameras, args, stop), args, stop)
-    except SinkError as error:
+        with logging_redirect_tqdm():
+            code = (check if options.check else stream)(cameras, options, stop, timing)
+    except EdgeError as error:
         print(f"request.py: {error}", file=sys.stderr)
-        code = 2
-    except SourceError as error:
-        print(f"request.py: {error}", file=sys.stderr)
-        code = 3
-    except ServerError as error:
-        print(f"request.py: {error}", file=sys.stderr)
-        code = 4
-    return 130 if was_interrupted else code
-
-
-def open_sinks(cameras: list[Camera], args: argparse.Namespace, stop: threading.Event) -> list[Sink]:
-    """Return the sinks that were asked for. Raises SinkError if one can't be used."""
-    sinks: list[Sink] = []
-    if args.jsonl is not None:
-        sinks.append(JsonLines(args.jsonl))
-    if args.save_video:
-        sinks.append(Video(args.save_video, cameras))
-    if args.show:
-        sinks.append(Window(stop))
-    if not args.quiet and args.jsonl != "-":
-        sinks.append(Terminal(args.batch_size, args.client_batching, args.log_every, show_names=len(cameras) > 1))
-    if sys.stderr.isatty() and not args.loop and not any(camera.is_live for camera in cameras):
-        sinks.append(Progress(cameras))
-    return sinks
-
-
-def leave(code: int) -> NoReturn:
-    """End the program at once: a thread that waits for a dead camera or server would hold up sys.exit()."""
-    for output in (sys.stdout, sys.stderr):
-        try:
-            output.flush()
-        except OSError:
-            code = code or 1  # Nobody reads it any more.
-    os._exit(code)
+        code = error.exit_code
+    return 130 if interrupted.is_set() else code
 
 
 if __name__ == "__main__":
-    try:
-        exit_code = main()
-    except Exception:  # noqa: BLE001
-        traceback.print_exc()
-        exit_code = 1
-    leave(exit_code)
+    run_and_leave(main)

@@ -12,7 +12,7 @@ from tests.support.in_process import Model
 
 
 def _classify(archive: Path, images: Sequence[bytes], commands: "Connection[Any, Any]") -> None:
-    """What each process does: classify batches of the size and for the time that it is told, and tell how many."""
+    """Run in each process: for each command (batch size, seconds) classify batches, and report the frames a second."""
     model = Model(archive)
     commands.send(None)
     while (command := commands.recv()) is not None:
@@ -25,7 +25,7 @@ def _classify(archive: Path, images: Sequence[bytes], commands: "Connection[Any,
 
 
 class Ceiling:
-    """As many processes as there are workers, each with a handler of its own and frames at hand."""
+    """As many processes as there are workers, each with its own handler and frames in memory."""
 
     def __init__(self, pipes: "Sequence[Connection[Any, Any]]") -> None:
         self._pipes = pipes

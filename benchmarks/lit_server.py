@@ -1,4 +1,4 @@
-"""LitServe with our handler: python -m benchmarks.lit_server PORT, its settings as variables."""
+"""LitServe with our handler: python -m benchmarks.lit_server PORT; its settings are environment variables."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The load: requests over as many kept-alive connections as there may be requests in flight."""
+"""The load: requests over keep-alive connections, one for each request in flight."""
 
 import http.client
 import itertools
@@ -15,7 +15,7 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Measured:
-    """fps: answered frames a second. p50_ms, p99_ms: from a request to its answer. frames: answered, all in all."""
+    """fps: answered frames a second. p50_ms, p99_ms: from a request to its answer. frames: answered in total."""
 
     fps: float
     p50_ms: float
@@ -32,22 +32,22 @@ def saturate(
     warm_up_s: float,
     seconds: float,
 ) -> Measured:
-    """Keep `in_flight` requests on their way, and measure after `warm_up_s` seconds for `seconds` seconds.
+    """Keep `in_flight` requests in flight, and measure after `warm_up_s` seconds for `seconds` seconds.
 
-    Raises RuntimeError if any answer is not 200, or says that a frame is none.
+    Raises RuntimeError if any answer is not 200, or contains an error for a frame.
     """
     address = urlsplit(url)
     begin = time.monotonic() + warm_up_s
     end = begin + seconds
-    answered: list[tuple[float, float]] = []  # when, and how long it took
+    answered: list[tuple[float, float]] = []  # time of the answer, and latency
     errors: list[str] = []
-    turns = itertools.cycle(bodies)
+    round_robin = itertools.cycle(bodies)
 
-    def ask() -> None:
+    def send_requests() -> None:
         connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=TIMEOUT_S)
         try:
             while (sent := time.monotonic()) < end and not errors:
-                connection.request("POST", address.path, next(turns), headers)
+                connection.request("POST", address.path, next(round_robin), headers)
                 response = connection.getresponse()
                 body = response.read()
                 if response.status != http.client.OK or b'"error"' in body:
@@ -59,7 +59,7 @@ def saturate(
         finally:
             connection.close()
 
-    threads = [threading.Thread(target=ask) for _ in range(in_flight)]
+    threads = [threading.Thread(target=send_requests) for _ in range(in_flight)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""mosec with our handler: python -m benchmarks.mosec_server --address HOST --port PORT, its settings as variables."""
+"""mosec with our handler: python -m benchmarks.mosec_server --address HOST --port PORT; settings are variables."""
 
 import json
 import os

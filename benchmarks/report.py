@@ -1,4 +1,4 @@
-"""Turn what run.py measured into README.md and two plots."""
+"""Write the measurements of run.py as README.md and two plots."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +39,7 @@ def distinct(rows: Rows, column: str) -> list[Any]:
 
 
 def saturation_table(rows: Rows) -> str:
-    """The main table, which the project's README shows too."""
+    """The main table, which is also in the project's README."""
     header = [
         "frames/s, p99 ms",
         *("single frames" if kind == "single" else f"batches of {kind[5:]}" for kind in KINDS),
@@ -67,7 +67,7 @@ def cost_table(rows: Rows) -> str:
 
 
 def ratio_table(results: dict[str, Any]) -> str:
-    """What was to be reached, each as the median of the rounds' own ratios."""
+    """The targets, each with the median of the rounds' own ratios."""
     rows, live = results["saturation"], results["live"]
 
     def ratio(kind: str, one: str, other: str, other_kind: str = "") -> list[float]:
@@ -104,11 +104,11 @@ def ratio_table(results: dict[str, Any]) -> str:
         if 2 * best in answered:
             text = f"{server[6:]}: answered with {2 * best} cameras, of the most ({best} cameras)"
             lines.append([text, "≥ 0.9", f"{answered[2 * best] / answered[best]:.2f}"])
-    return table(["ratio", "aim", "measured"], lines)
+    return table(["ratio", "target", "measured"], lines)
 
 
 def live_table(rows: Rows) -> str:
-    header = ["cameras of 25 fps", "answered fps", "dropped %", "p50 ms", "p99 ms", "frames a pass"]
+    header = ["cameras of 25 fps", "answered fps", "dropped %", "p50 ms", "p99 ms", "mean batch"]
     header += ["client, CPU ms a captured frame", "client, MB", "server, CPU ms an answered frame", "server, MB"]
     lines = []
     for server in distinct(rows, "server"):
@@ -154,7 +154,7 @@ def settings_table(rows: Rows) -> str:
 
 
 def delay_table(rows: Rows) -> str:
-    header = ["maxBatchDelay", *(f"{n}: {what}" for n in (1, 2) for what in ("p50 ms", "p99 ms", "frames a pass"))]
+    header = ["maxBatchDelay", *(f"{n}: {what}" for n in (1, 2) for what in ("p50 ms", "p99 ms", "mean batch"))]
     columns = [f"{what}_{n}" for n in (1, 2) for what in ("p50_ms", "p99_ms", "per_pass")]
     lines = [
         [row["value"], *(f"{row[column]:.{1 if 'pass' in column else 0}f}" for column in columns)]
@@ -244,16 +244,16 @@ def write(results: dict[str, Any], folder: Path) -> None:
 {table(["measured on", machine["date"]], [[name, text] for name, text in machine.items() if name != "date"])}
 
 It took {results["minutes"]} minutes. A figure is the median of {results["rounds"]} rounds, with the lowest and the
-highest in brackets; in each round every server has its turn while all others are stopped. Load, client and server share
-the cores. Compare what is on this page with nothing but this page: on another machine, or another day on a shared one,
-all of it is different.
+highest in brackets; each round measures every server while all others are stopped. Load, client and server share the
+cores. Compare figures of this page only with each other: on another machine, or another day on a shared one, all of
+them are different.
 
 - **original example**: TorchServe's built-in `image_classifier`, one worker, batches of 4; for JSON batches its
-  counterpart in TorchServe's default settings. It is measured when Java's compilers are done with it.
-- **ours**: what `create_mar_file.py` and `config.properties` make, for JSON batches with `--client-batching`. The
+  counterpart in TorchServe's default settings. It is measured after Java's compilers have finished.
+- **ours**: this project's `create_mar_file.py` and `config.properties`, for JSON batches with `--client-batching`. The
   network is ResNet-18 with untrained weights, which take the same time.
 - **LitServe, mosec**: the same handler, number of workers, batch size and delay, behind another server.
-- **ceiling**: the same handler in as many processes as there are workers, with the frames at hand and no server.
+- **ceiling**: the same handler in as many processes as there are workers, with the frames in memory and no server.
 
 ## Under full load
 
@@ -266,7 +266,7 @@ are the 99th percentile from a request to its answer.
 
 {cost_table(results["saturation"])}
 
-## What was to be reached
+## Targets
 
 Each is the median of the rounds' own ratios.
 
@@ -275,13 +275,13 @@ Each is the median of the rounds' own ratios.
 ## Live cameras
 
 The sample clip, once for each camera, through `request.py --drop oldest --max-age 1000`. The milliseconds are from
-capture to answer, of the slowest camera; the clients' work of reading and encoding is done by the same cores.
+capture to answer, of the slowest camera; the same cores do the clients' reading and encoding.
 
 {live_table(results["live"])}
 
 ## Larger frames
 
-The sample clip, enlarged, as fast as `request.py --fps max` and the server go; one round less.
+The sample clip, enlarged, as fast as `request.py --fps max` and the server can process it; one round less.
 
 {growth_table(results["growth"])}
 
@@ -289,9 +289,9 @@ The sample clip, enlarged, as fast as `request.py --fps max` and the server go; 
 
 ## Settings
 
-Each server started anew, one round, fp32, single frames under full load, 16 in flight (64 for all batch sizes); what
-is not named is as in `config.properties`. "In its first seconds" is the CPU while Java's compilers are at work; the
-figures of "all" of them are from after another 25 s.
+Each server started anew, one round, fp32, single frames under full load, 16 in flight (64 for all batch sizes); all
+other settings are those of `config.properties`. "In its first seconds" is the CPU while Java's compilers run; the
+figures of "all" compilers are measured after another 25 s.
 
 {settings_table(results["settings"])}
 

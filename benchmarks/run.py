@@ -1,9 +1,8 @@
-"""Measure everything in one run on this machine, and write what came out: `make bench`.
+"""Measure everything in one run on this machine, and write the results: `make bench`.
 
 Writes results.json, README.md, saturation.png and growth.png beside this file. Figures of different machines, or of
-different runs on a shared machine, can't be compared; ratios within a run can. So the servers are measured in turns,
-round after round, while all others are stopped, and what is told is the median of the rounds, with the lowest and the
-highest.
+different runs on a shared machine, can't be compared; ratios within a run can. So each round measures every server
+once, while all others are stopped. The report has the median of the rounds, with the lowest and the highest.
 """
 
 import base64
@@ -47,13 +46,13 @@ WARM_UP_S = 1.0
 QUICK_WARM_UP_S, THOROUGH_WARM_UP_S = 4.0, 25.0
 SATURATION_S = 4.0
 LIVE_S = 7.0
-START_S = 1.5  # until request.py has imported what it needs, and streams
+START_S = 1.5  # until request.py has imported its modules, and streams
 AGE_LIMIT_MS = 1000
-MOST_DIFFERENCE = 0.05  # of a probability
-# Requests in flight, of single frames and of JSON batches: what request.py has by default.
+MAX_DIFFERENCE = 0.05  # of a probability
+# Requests in flight, of single frames and of JSON batches: request.py's defaults.
 SINGLE_IN_FLIGHT, JSON_IN_FLIGHT = 16, 4
 CORES = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
-# What is said to Java beside what it needs, see config.properties.
+# The optional flag for Java, see config.properties.
 QUICK_JAVA = " -XX:TieredStopAtLevel=1"
 # Other ways to share the cores: one worker with all of them, too many threads, one worker more than cores.
 SHARES = ((1, CORES), (CORES, 1), (CORES, CORES), (CORES + 1, 1))
@@ -63,7 +62,7 @@ Rows = list[dict[str, Any]]
 
 
 def frames(count: int = 60) -> list[bytes]:
-    """Return frames from all over the sample clip, as request.py encodes them."""
+    """Return frames from the whole sample clip, as request.py encodes them."""
     capture = cv2.VideoCapture(str(CLIP))
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     images = [capture.read()[1] for _ in range(total)]
@@ -91,7 +90,7 @@ def larger_clip(folder: Path, height: int) -> Path:
 
 @contextmanager
 def running(server: Server) -> Iterator[Server]:
-    """Let a stopped server run for as long as the block lasts."""
+    """Resume a paused server for as long as the block lasts."""
     server.resume()
     try:
         yield server
@@ -104,7 +103,7 @@ def progress(text: str) -> None:
 
 
 def measure_saturation(folder: Path, weights: Path, config: str, batch_size: int, delay_ms: int) -> Rows:
-    """Frames a second and latencies of all servers under as much load as they take, and of the model alone."""
+    """Frames a second and latencies of all servers under full load, and of the model alone."""
     images = frames()
     kinds = {"single": (images, 1), "JSON 4": (json_batches(images, 4), 4), "JSON 10": (json_batches(images, 10), 10)}
     flags: dict[str, list[str]] = {
@@ -116,7 +115,7 @@ def measure_saturation(folder: Path, weights: Path, config: str, batch_size: int
     expected = Model(archives["ours, fp32"]).answers(images[:4])
     rows: Rows = []
     with ExitStack() as cleanup:
-        # For single frames and for JSON batches each has a server of its own, as each recipe has.
+        # Each has separate servers for single frames and for JSON batches, as in the recipes.
         starts: dict[tuple[str, bool], Any] = {}
         for as_json in (False, True):
             where = folder / ("json" if as_json else "single")
@@ -155,12 +154,12 @@ def measure_saturation(folder: Path, weights: Path, config: str, batch_size: int
 
 
 def check(server: Server, body: bytes, expected: list[dict[str, float]]) -> None:
-    """Raise RuntimeError if a server does not answer as expected, but for what bf16 rounds."""
+    """Raise RuntimeError if a server does not answer as expected, within the rounding of bf16."""
     headers = server.headers | (JSON if len(expected) > 1 and server.folder else RAW)
     answers = requests.post(server.url, body, headers=headers, timeout=60).json()
     for answer, right in zip([answers] if len(expected) == 1 else answers, expected, strict=True):
         best = next(iter(right))
-        if abs(answer.get(best, 0.0) - right[best]) > MOST_DIFFERENCE:
+        if abs(answer.get(best, 0.0) - right[best]) > MAX_DIFFERENCE:
             raise RuntimeError(f"{server.url} answers {answer}, expected {right}")
 
 
@@ -172,7 +171,7 @@ def load(
     seconds: float = SATURATION_S,
     in_flight: int | None = None,
 ) -> dict[str, float]:
-    """Saturate a server; return what was measured, and the CPU milliseconds of server and load for each frame."""
+    """Saturate a server; return the measurements, and the CPU milliseconds of server and load for each frame."""
     in_flight = in_flight or (SINGLE_IN_FLIGHT if size == 1 else JSON_IN_FLIGHT)
     cpu, own = server.cpu_s(), time.process_time()
     measured = saturate(
@@ -192,7 +191,7 @@ def load(
 
 
 def stream(server: Server, inputs: Sequence[Path], *flags: str, seconds: float) -> dict[str, float]:
-    """Run request.py on a server for some seconds; return what its books say, and what both sides cost."""
+    """Run request.py on a server for some seconds; return its summary, and the CPU and memory of both sides."""
     command = [sys.executable, str(PROJECT / "request.py"), "--quiet", "--loop", "--url", server.url.split("/pred")[0]]
     command += [f"--input={path}" for path in inputs] + list(flags)
     environment = os.environ | {"TORCHSERVE_TOKEN": server.headers.get("Authorization", "Bearer -").split()[1]}
@@ -208,21 +207,21 @@ def stream(server: Server, inputs: Sequence[Path], *flags: str, seconds: float) 
     lines = [re.split(r" {2,}", line) for line in errors.splitlines()]
     header = next((line for line in lines if line[0] == "camera"), None)
     if header is None:
-        raise RuntimeError(f"request.py printed no books: {errors}")
-    books = [dict(zip(header, line, strict=True)) for line in lines[lines.index(header) + 1 :][: len(inputs)]]
+        raise RuntimeError(f"request.py printed no summary: {errors}")
+    summary = [dict(zip(header, line, strict=True)) for line in lines[lines.index(header) + 1 :][: len(inputs)]]
     captured, answered, dropped, expired, failed = (
-        sum(int(book[name]) for book in books) for name in ("captured", "answered", "dropped", "expired", "failed")
+        sum(int(row[name]) for row in summary) for name in ("captured", "answered", "dropped", "expired", "failed")
     )
-    fps = sum(float(book["FPS"]) for book in books)
+    fps = sum(float(row["FPS"]) for row in summary)
     return {
         "captured": captured,
         "answered": answered,
         "dropped": dropped + expired,
         "failed": failed,
         "fps": fps,
-        "p50_ms": max(float(book["p50 ms"]) for book in books),
-        "p99_ms": max(float(book["p99 ms"]) for book in books),
-        "per_pass": max(float(book["frames/pass"]) for book in books) if server.folder else 1.0,
+        "p50_ms": max(float(row["p50 ms"]) for row in summary),
+        "p99_ms": max(float(row["p99 ms"]) for row in summary),
+        "per_pass": max(float(row["batch"]) for row in summary) if server.folder else 1.0,
         "client_ms": 1000 * cores / (fps * captured / answered),
         "client_mb": memory,
         "server_ms": 1000 * (server.cpu_s() - cpu) / answered,
@@ -231,7 +230,7 @@ def stream(server: Server, inputs: Sequence[Path], *flags: str, seconds: float) 
 
 
 def measure_live(folder: Path, weights: Path, config: str, batch_size: int, delay_ms: int) -> Rows:
-    """Cameras of 25 frames a second through request.py: what is answered, when, and what it costs."""
+    """Cameras of 25 frames a second through request.py: answered frames, latencies, CPU and memory."""
     flags = ["--drop", "oldest", "--max-age", str(AGE_LIMIT_MS)]
     rows: Rows = []
     with ExitStack() as cleanup:
@@ -260,7 +259,7 @@ def measure_live(folder: Path, weights: Path, config: str, batch_size: int, dela
 
 
 def measure_growth(folder: Path, weights: Path, config: str) -> Rows:
-    """Frames of several sizes, with and without --resize, as fast as request.py and the server go."""
+    """Frames of several sizes, with and without --resize, as fast as request.py and the server can process them."""
     folder.mkdir()
     clips = {"640×480": CLIP, "1280×720": larger_clip(folder, 720), "1920×1080": larger_clip(folder, 1080)}
     rows: Rows = []
@@ -277,7 +276,7 @@ def measure_growth(folder: Path, weights: Path, config: str) -> Rows:
 
 
 def measure_settings(folder: Path, weights: Path, config: str) -> Rows:
-    """What else could be set: each alternative under full load, and with one and two cameras."""
+    """Alternative settings: each under full load, and the delays also with one and two cameras."""
     images = frames()
 
     def changed(**settings: int) -> str:
@@ -287,7 +286,7 @@ def measure_settings(folder: Path, weights: Path, config: str) -> Rows:
             assert count, f"config.properties sets no {name}"
         return text
 
-    # Each: what is changed, to what, configuration, threads of a worker, requests in flight.
+    # Each: setting, value, configuration, threads of a worker, requests in flight.
     trials: list[tuple[str, str, str, int, int]] = [
         *(("batchSize", str(size), changed(batchSize=size), 1, 64) for size in (1, 2, 4, 8, 16)),
         *(("maxBatchDelay", f"{ms} ms", changed(maxBatchDelay=ms), 1, 16) for ms in (1, 5, 40)),
@@ -315,7 +314,7 @@ def measure_settings(folder: Path, weights: Path, config: str) -> Rows:
 
 
 def set_threads(archive: Path, threads: int) -> None:
-    """Have a worker of an archive use so many threads for the network."""
+    """Set the number of threads that each worker of an archive uses for the network."""
     with zipfile.ZipFile(archive) as file:
         contents = {name: file.read(name) for name in file.namelist()}
     yaml = contents["model-config.yaml"].decode()
@@ -326,7 +325,7 @@ def set_threads(archive: Path, threads: int) -> None:
 
 
 def machine() -> dict[str, str]:
-    """Return what the figures were measured on."""
+    """Return the machine and the versions of the measurement."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else [platform.processor()]
     flags = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -345,7 +344,7 @@ def machine() -> dict[str, str]:
 
 
 def main() -> int:
-    # However it is ended, it leaves no servers behind.
+    # No servers stay behind, also if it is terminated.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     config = (PROJECT / "config.properties").read_text()
@@ -356,8 +355,10 @@ def main() -> int:
         folder = Path(name)
         weights = folder / "weights.pth"
         torch.manual_seed(18)
-        network = models.resnet18()  # Untrained, which takes the same time,
-        network.get_parameter("fc.weight").data *= 20  # but as decided as a trained one, else no answer would be wrong.
+        # An untrained network takes the same time. Its answers must be as confident as those of a trained one: else no
+        # answer would be wrong.
+        network = models.resnet18()
+        network.get_parameter("fc.weight").data *= 20
         torch.save(network.state_dict(), weights)
         results["saturation"] = measure_saturation(folder / "saturation", weights, config, batch_size, delay_ms)
         results["live"] = measure_live(folder / "live", weights, config, batch_size, delay_ms)

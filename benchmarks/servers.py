@@ -22,7 +22,7 @@ RAW = {"Content-Type": "application/octet-stream"}
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. `headers` is what a request needs besides its body's type."""
+    """A running server. `headers`: the headers that a request needs besides its content type."""
 
     url: str
     headers: dict[str, str]
@@ -33,7 +33,7 @@ class Server:
         return [self.process, *self.process.children(recursive=True)]
 
     def pause(self) -> None:
-        """Stop all its processes, so that it takes nothing from the one that is measured: some are busy when idle."""
+        """Suspend all its processes, since some servers use CPU when idle, which the measured server needs."""
         for member in self.family():
             member.suspend()
 
@@ -46,7 +46,7 @@ class Server:
         return sum(sum(member.cpu_times()[:2]) for member in self.family())
 
     def memory_mb(self) -> float:
-        """Return the memory of all its processes, what they share counted once."""
+        """Return the memory of all its processes; shared memory is counted once."""
         return sum(member.memory_full_info().pss for member in self.family()) / 1e6
 
 
@@ -60,8 +60,8 @@ def build_archive(folder: Path, weights: Path, *flags: str) -> Path:
 
 @contextmanager
 def ours(folder: Path, config: str) -> Iterator[Server]:
-    """TorchServe with an archive that is in the folder already."""
-    # Every minute TorchServe starts a Python that looks at the machine; after a pause it would catch up on all of them.
+    """TorchServe with an archive that is already in the folder."""
+    # Every minute TorchServe starts a Python that measures the machine; after a pause it would start all missed ones.
     with torchserve(folder, ["resnet-18"], config + "\ndisable_system_metrics=true\n") as node:
         headers = {"Authorization": f"Bearer {node.token()}"}
         yield Server(f"{node.url}/predictions/resnet-18", headers, node.process, folder)
@@ -69,7 +69,7 @@ def ours(folder: Path, config: str) -> Iterator[Server]:
 
 @contextmanager
 def original(folder: Path, weights: Path, client_batching: bool) -> Iterator[Server]:
-    """TorchServe as the original example had it: its built-in handler, one worker, or defaults for JSON batches."""
+    """TorchServe as in the original example: its built-in handler, one worker, or defaults for JSON batches."""
     (folder / "model_store").mkdir(parents=True)
     here = Path(__file__).resolve().parent / "original"
     handler = str(here / "json_handler.py") if client_batching else "image_classifier"

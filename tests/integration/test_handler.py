@@ -34,7 +34,7 @@ def networks() -> dict[str, torch.nn.Module]:
 
 
 def stills() -> dict[str, tuple[bytes, Image.Image]]:
-    """Return still images of every sort: the file, and the picture that the network should see."""
+    """Return still images of every sort: the file, and the image that the network should see."""
     cat = Image.fromarray(skimage.data.chelsea())
     grey = cat.convert("L")
     cmyk = cat.convert("CMYK")
@@ -42,7 +42,7 @@ def stills() -> dict[str, tuple[bytes, Image.Image]]:
     alpha.putalpha(Image.linear_gradient("L").resize(cat.size))
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     palette = cat.quantize(64)
-    # Orientation 6: the camera was held upright, the file is the picture turned by 90 degrees.
+    # Orientation 6: the camera was held upright, the file is the image turned by 90 degrees.
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encoded(cat.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
@@ -73,7 +73,7 @@ def test_frames_are_answered_as_torchvision_would(
 ) -> None:
     images = [jpeg(frame) for frame in clip[::45]]
     expected = [reference(networks[model], Image.open(io.BytesIO(image))) for image in images]
-    assert max(float(probabilities.max()) for probabilities in expected) > 0.2, "too undecided to tell a difference"
+    assert max(float(probabilities.max()) for probabilities in expected) > 0.2, "too undecided to show a difference"
 
     batch = post(node, model, as_json(*images)).json()
     assert len(batch) == len(images)

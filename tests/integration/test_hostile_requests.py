@@ -1,4 +1,4 @@
-"""A real TorchServe against broken and hostile requests: each costs only its sender, and gets a reason in one line."""
+"""A real TorchServe gets broken and hostile requests: each affects only its sender, and gets a reason in one line."""
 
 import json
 import socket
@@ -92,7 +92,7 @@ def test_every_hostile_body_is_refused_with_its_reason(node: Node) -> None:
 
 
 def test_requests_that_are_too_large_or_end_early(node: Node, clip: list[Pixels]) -> None:
-    """TorchServe itself refuses the ones, and forgets the others; neither reaches a worker."""
+    """TorchServe itself rejects the former, and drops the latter; neither reaches a worker."""
     before = workers(node, MODEL).keys()
     too_large = b"x" * 6_600_000
     with suppress(requests.ConnectionError):  # It may be refused before all of it was sent.
@@ -129,9 +129,9 @@ def test_random_bodies_through_the_server(node: Node, clip: list[Pixels]) -> Non
     def good_client() -> int:
         count = 0
         while not is_over.is_set():
-            answer = send(node, MODEL, Post(images[count % len(images)], IMAGE))
-            if answer.status_code != 200 or answer.json() != pytest.approx(expected[count % len(images)], abs=1e-4):
-                wrong.append((answer.status_code, answer.text))
+            response = send(node, MODEL, Post(images[count % len(images)], IMAGE))
+            if response.status_code != 200 or response.json() != pytest.approx(expected[count % len(images)], abs=1e-4):
+                wrong.append((response.status_code, response.text))
             count += 1
         return count
 

@@ -1,4 +1,4 @@
-"""request.py with cameras as they are: several of them, faster than the server, absent, and files beside them."""
+"""request.py with several cameras: lost, faster than the server, absent, and together with files."""
 
 import hashlib
 import os
@@ -13,29 +13,29 @@ import numpy as np
 import pytest
 
 from demo.node import PROJECT, free_ports
-from edge.cameras import OPEN_TIMEOUT_MS
+from edge.timing import Timing
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CLIP, Pixels, frames_of, jpeg, small, write_video
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
-from tests.support.scripts import books, json_lines, longest_gap, outputs, run, running, wait_until
+from tests.support.scripts import json_lines, longest_gap, outputs, run, running, summary, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a single process")
 
 
 @pytest.fixture(scope="module")
-def pictures(clip: list[Pixels]) -> list[bytes]:
-    """The clip in small, as a camera would send it."""
+def jpegs(clip: list[Pixels]) -> list[bytes]:
+    """The frames of the clip, smaller, as a camera would send them."""
     return [jpeg(small(frame)) for frame in clip]
 
 
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
-def test_a_dead_camera_leaves_the_others_alone(fake: FakeServer, pictures: list[bytes], tmp_path: Path) -> None:
-    """One camera is cut and comes back, one stalls, one never answers; the one that is well goes on all the time."""
+def test_a_dead_camera_leaves_the_others_alone(fake: FakeServer, jpegs: list[bytes], tmp_path: Path) -> None:
+    """One camera is cut and comes back, one stalls, one never responds; the fourth one streams all the time."""
     with (
-        mjpeg_camera(pictures, fps=5) as well,
-        mjpeg_camera(pictures, fps=5) as stalling,
-        mjpeg_camera(pictures, fps=5) as dying,
-        mjpeg_camera(pictures, fps=5) as mute,
+        mjpeg_camera(jpegs, fps=5) as well,
+        mjpeg_camera(jpegs, fps=5) as stalling,
+        mjpeg_camera(jpegs, fps=5) as dying,
+        mjpeg_camera(jpegs, fps=5) as mute,
     ):
         mute.mode = "mute"
         cameras = [well, stalling, dying, mute]
@@ -65,19 +65,19 @@ def test_a_dead_camera_leaves_the_others_alone(fake: FakeServer, pictures: list[
         assert list(found) == [camera.url for camera in cameras]
         assert found[mute.url]["captured"] == "0"
         assert all(found[url]["failed"] == "0" for url in found)
-        # It was waited for the mute one for 5 s again and again, and for the others for 0.5 s and more.
+        # The mute one is opened again and again, each time for 5 s; the others are opened again after 0.5 s or more.
         lines = json_lines(request.output)
-        assert longest_gap(lines, well.url) < min(longest_gap(lines, dying.url), OPEN_TIMEOUT_MS / 1000)
+        assert longest_gap(lines, well.url) < min(longest_gap(lines, dying.url), Timing().camera_open_s)
         assert "hunter2" not in request.stderr()
         assert "hunter2" not in request.output.read_text()
 
 
 @pytest.mark.parametrize("fake", ["out of order"], indirect=True)
 @pytest.mark.parametrize("flags", [[], ["--client-batching", "--batch-size", "3"]], ids=["single", "json"])
-def test_every_answer_finds_its_own_frame(
+def test_every_prediction_belongs_to_its_frame(
     fake: FakeServer, flags: list[str], clip: list[Pixels], tmp_path: Path
 ) -> None:
-    """Three files of different lengths, whose frames are mixed in the batches and answered in any order."""
+    """Three files of different lengths, whose frames are mixed in the batches, and whose responses overtake others."""
     expected = {}
     for number, length in enumerate((10, 25, 40)):
         images = [small(image) for image in clip[100 * number : 100 * number + length]]
@@ -91,20 +91,20 @@ def test_every_answer_finds_its_own_frame(
     lines = json_lines(tmp_path / "out.jsonl")
     for camera, hashes in expected.items():
         assert [next(iter(line["predictions"])) for line in lines if line["camera"] == camera] == hashes
-    assert all(book["captured"] == book["answered"] for book in books(done.stderr).values())
+    assert all(row["captured"] == row["answered"] for row in summary(done.stderr).values())
     if flags:
         assert fake.frames_asked < 75 / 2, "a batch holds frames of several cameras"
 
 
 @pytest.mark.parametrize("fake", ["slow"], indirect=True)
 def test_server_that_is_slower_than_the_cameras(fake: FakeServer, tmp_path: Path) -> None:
-    """It takes 2 frames in 0.5 s, of some 20 that come: the rest is dropped at once, and memory stays flat.
+    """It answers 2 of about 20 frames in 0.5 s: the others are dropped at once, and memory stays flat.
 
-    The frames are noise, 250 KB each: without a limit there would be 50 MB of them in the end.
+    The frames are noise, 250 KB each: without a limit they would take 50 MB at the end.
     """
     noise = np.random.default_rng(1)
-    pictures = [jpeg(noise.integers(0, 255, (480, 640, 3), np.uint8)) for _ in range(4)]
-    with mjpeg_camera(pictures, fps=20) as first, mjpeg_camera(pictures, fps=20) as second:
+    jpegs = [jpeg(noise.integers(0, 255, (480, 640, 3), np.uint8)) for _ in range(4)]
+    with mjpeg_camera(jpegs, fps=20) as first, mjpeg_camera(jpegs, fps=20) as second:
         inputs = ["--input", first.url, "--input", second.url, "--max-in-flight", "2"]
         with running(fake, tmp_path, *inputs) as request:
             wait_until(lambda: request.lines() > 50)
@@ -113,10 +113,10 @@ def test_server_that_is_slower_than_the_cameras(fake: FakeServer, tmp_path: Path
             after = request.process.memory_info().rss
             found = request.end()
     assert after - before < 25e6
-    for book in found.values():
-        assert int(book["answered"]) > 0
-        assert int(book["dropped"]) > 0
-        assert (book["failed"], book["expired"]) == ("0", "0")
+    for row in found.values():
+        assert int(row["answered"]) > 0
+        assert int(row["dropped"]) > 0
+        assert (row["failed"], row["expired"]) == ("0", "0")
     causes = {line["error"] for line in json_lines(request.output) if line["outcome"] == "dropped"}
     assert causes <= {"buffer full", "the run ended"}
     assert "buffer full" in causes
@@ -124,8 +124,8 @@ def test_server_that_is_slower_than_the_cameras(fake: FakeServer, tmp_path: Path
 
 @pytest.mark.parametrize("fake", ["slow"], indirect=True)
 @pytest.mark.parametrize("drop", ["oldest", "newest"])
-def test_a_file_drops_only_what_it_is_asked_to(fake: FakeServer, drop: str, tmp_path: Path, short_clip: Path) -> None:
-    """The clip is over in 0.2 s, in which the server takes 1 frame, or a few if the reader is slow; 4 wait."""
+def test_a_file_drops_what_its_policy_says(fake: FakeServer, drop: str, tmp_path: Path, short_clip: Path) -> None:
+    """The clip ends after 0.2 s, in which 1 frame is sent, or a few if the reader is slow; 4 wait."""
     flags = ["--max-in-flight", "1", "--quiet", "--jsonl", str(tmp_path / "out.jsonl"), "--input", str(short_clip)]
     done = run("request.py", "--url", fake.url, *flags, "--drop", drop, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -140,7 +140,7 @@ def test_a_file_drops_only_what_it_is_asked_to(fake: FakeServer, drop: str, tmp_
 
 @pytest.mark.parametrize("fake", ["slow"], indirect=True)
 def test_frames_that_became_too_old_are_not_sent(fake: FakeServer, tmp_path: Path, short_clip: Path) -> None:
-    """One frame is with the server for 0.5 s; those that waited for longer than 0.3 s meanwhile are not sent."""
+    """The server takes 0.5 s for each frame; frames that waited for more than 0.3 s meanwhile are not sent."""
     flags = ["--max-in-flight", "1", "--quiet", "--jsonl", str(tmp_path / "out.jsonl"), "--input", str(short_clip)]
     done = run("request.py", "--url", fake.url, *flags, "--max-age", "300", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -154,13 +154,13 @@ def test_frames_that_became_too_old_are_not_sent(fake: FakeServer, tmp_path: Pat
 
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 def test_a_file_as_fast_as_the_server_answers(fake: FakeServer, clip: list[Pixels], tmp_path: Path) -> None:
-    """A clip of one frame in 50 s, which would outlast the timeout of the run at its own rate."""
+    """A clip of one frame in 50 s: at its own rate, the run would exceed its timeout."""
     video = write_video(tmp_path / "slow.mp4", [small(frame) for frame in clip[:30]], 0.02)
     done = run("request.py", "--url", fake.url, "--input", video, "--fps", "max", "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (book,) = books(done.stderr).values()
-    assert (book["answered"], book["dropped"]) == ("30", "0")
-    assert float(book["FPS"]) > 0.2
+    (row,) = summary(done.stderr).values()
+    assert (row["answered"], row["dropped"]) == ("30", "0")
+    assert float(row["FPS"]) > 0.2
 
 
 @pytest.mark.parametrize("fake", ["some fail"], indirect=True)
@@ -170,8 +170,8 @@ def test_one_failed_frame_is_enough_for_exit_code_1(
 ) -> None:
     done = run("request.py", "--url", fake.url, "--input", short_clip, *flags, cwd=tmp_path)
     assert done.returncode == 1
-    (book,) = books(done.stderr).values()
-    assert (book["answered"], book["failed"]) == (str(22 - failed), str(failed))
+    (row,) = summary(done.stderr).values()
+    assert (row["answered"], row["failed"]) == (str(22 - failed), str(failed))
     assert f"{short_clip}: {failed} failed: 400 not an image" in done.stderr
 
 
@@ -184,13 +184,15 @@ def test_json_lines_on_standard_output_are_alone_there(fake: FakeServer, short_c
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
-def test_output_on_a_full_disk_is_told_and_the_rest_goes_on(fake: FakeServer, short_clip: Path, tmp_path: Path) -> None:
+def test_output_on_a_full_disk_is_reported_and_the_others_go_on(
+    fake: FakeServer, short_clip: Path, tmp_path: Path
+) -> None:
     done = run("request.py", "--url", fake.url, "--input", short_clip, "--jsonl", "/dev/full", cwd=tmp_path)
     assert done.returncode == 1
     assert "/dev/full fails, going on without it: OSError: [Errno 28] No space left on device" in done.stderr
     assert outputs(done.stdout)[-1].number == 22
-    (book,) = books(done.stderr).values()
-    assert book["answered"] == "22"
+    (row,) = summary(done.stderr).values()
+    assert row["answered"] == "22"
 
 
 def typed(command: list[str | Path], folder: Path) -> str:
@@ -226,7 +228,7 @@ def test_progress_bar_of_a_file_on_a_terminal(fake: FakeServer, short_clip: Path
 
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 def test_absent_camera_is_waited_for_unless_it_is_required(
-    fake: FakeServer, pictures: list[bytes], tmp_path: Path
+    fake: FakeServer, jpegs: list[bytes], tmp_path: Path
 ) -> None:
     (port,) = free_ports(1)
     url = f"http://admin:hunter2@127.0.0.1:{port}/live"
@@ -236,18 +238,18 @@ def test_absent_camera_is_waited_for_unless_it_is_required(
     assert fake.frames_asked == -1
     with running(fake, tmp_path, "--input", url) as request:
         wait_until(lambda: "the camera is not there" in request.stderr())
-        with mjpeg_camera(pictures, port=port):
+        with mjpeg_camera(jpegs, port=port):
             wait_until(lambda: request.lines() > 10)
-            (book,) = request.end().values()
-    assert int(book["answered"]) > 0
+            (row,) = request.end().values()
+    assert int(row["answered"]) > 0
     assert "hunter2" not in request.stderr() + done.stderr
 
 
 @pytest.mark.parametrize("fake", ["503"], indirect=True)
-def test_live_camera_never_gives_up_on_a_server(fake: FakeServer, pictures: list[bytes], tmp_path: Path) -> None:
-    """A file would: its run ends after --server-wait, see tests/resilience/test_restarts.py."""
+def test_live_camera_never_stops_retrying(fake: FakeServer, jpegs: list[bytes], tmp_path: Path) -> None:
+    """The run of a file ends after --server-wait, see tests/resilience/test_restarts.py."""
     with (
-        mjpeg_camera(pictures, fps=5) as camera,
+        mjpeg_camera(jpegs, fps=5) as camera,
         running(fake, tmp_path, "--input", camera.url, "--server-wait", "1") as request,
     ):
         request.wait_until(lambda: [line["outcome"] for line in request.results()].count("failed") > 3)

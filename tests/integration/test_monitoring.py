@@ -52,13 +52,13 @@ class Prometheus:
         self.url = url
 
     def get(self, path: str, **parameters: str) -> Any:
-        """Return what its HTTP API answers, which must be a success."""
+        """Return the data of a response of its HTTP API, which must be a success."""
         response = requests.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10)
         assert response.ok, response.text
         return response.json()["data"]
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """Return the labels and the number of every series that answers."""
+        """Return the labels and the number of every series of the result."""
         result = self.get("query", query=expression)["result"]
         return [(series["metric"], float(series["value"][1])) for series in result]
 
@@ -114,7 +114,7 @@ def left(wrong: Callable[[], Any]) -> Any:
 
 @needs_prometheus
 def test_prometheus_sees_what_happens(node: Node, clip: list[Pixels], tmp_path: Path) -> None:
-    """Every query of the dashboard has numbers, no alert is active, and the counters tell the truth."""
+    """Every query of the dashboard has numbers, no alert is active, and the counters are right."""
     targets = {"torchserve": address(node, "metrics_address"), "edge": f"127.0.0.1:{free_ports(1)[0]}"}
     camera_options = ["--metrics-port", targets["edge"].rpartition(":")[2]]
     with (
@@ -164,7 +164,7 @@ def test_prometheus_sees_what_happens(node: Node, clip: list[Pixels], tmp_path: 
                 true = {
                     "camera_frames_captured_total": outcomes.total(),
                     "camera_latency_seconds_count": outcomes["answered"],
-                    "handler_frames_decoded_total": outcomes["answered"] + 1,  # and request.py's test picture
+                    "handler_frames_decoded_total": outcomes["answered"] + 1,  # and request.py's test image
                     "handler_frames_per_pass_sum": outcomes["answered"] + 1,
                     "handler_refused_total": 1,
                 } | {
@@ -181,7 +181,7 @@ def test_prometheus_sees_what_happens(node: Node, clip: list[Pixels], tmp_path: 
 
 
 def test_same_camera_twice(node: Node, short_clip: Path, tmp_path: Path) -> None:
-    """Prometheus refuses a page on which a series stands twice."""
+    """Prometheus rejects a page that holds a series twice."""
     (port,) = free_ports(1)
     inputs = ["--input", str(short_clip), "--input", str(short_clip), "--fps", "5"]
     with running(node, tmp_path, *inputs, "--metrics-port", f"localhost:{port}") as edge:

@@ -16,7 +16,7 @@ from demo.node import PROJECT, java_environment
 from tests.support.frames import CATS, Pixels, frames_of, jpeg
 from tests.support.programs import ISOLATED, needs
 from tests.support.project_copy import copy_project, shorten_clip
-from tests.support.scripts import Output, books, json_lines, outputs
+from tests.support.scripts import Output, json_lines, outputs, summary
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 HERE = "examples/image_classifier/near_real_time_video"
@@ -171,6 +171,6 @@ def assert_shows_the_clip(found: list[Output], batch_size: int, frames: int = 37
 
 def assert_counts_add_up(errors: Path) -> None:
     """Every frame was answered, and the rate is that of a file of 25 fps: the first at once, the last after 14.96 s."""
-    (book,) = books(errors.read_text()).values()
-    assert (book["captured"], book["answered"]) == ("375", "375")
-    assert 0 < float(book["FPS"]) <= 25.1
+    (row,) = summary(errors.read_text()).values()
+    assert (row["captured"], row["answered"]) == ("375", "375")
+    assert 0 < float(row["FPS"]) <= 25.1

@@ -1,4 +1,4 @@
-"""request.py as a user runs it: every frame once and in order, and one clear line for all that goes wrong."""
+"""request.py as a user runs it: every frame once and in order, and one clear line for each problem."""
 
 import hashlib
 import json
@@ -12,17 +12,17 @@ from demo.node import PROJECT, Node, free_ports
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CATS, frames_of, jpeg
 from tests.support.nodes import post, predictions_asked
-from tests.support.scripts import books, outputs, run, started, wait_until
+from tests.support.scripts import outputs, run, started, summary, wait_until
 
 MODEL = ["--model", "efficientnet-lite0"]
 
 
 def test_torchserve_batches_single_frames(node: Node, long_clip: Path) -> None:
-    """As fast as it goes: tests/integration/test_recipes.py has the sample clip in real time."""
+    """As fast as possible: tests/integration/test_recipes.py streams the sample clip in real time."""
     asked = predictions_asked(node)
     done = run("request.py", *MODEL, "--url", node.url, "--input", long_clip, "--fps", "max", cwd=node.folder)
     assert done.returncode == 0, done.stderr
-    wait_until(lambda: predictions_asked(node) - asked == 1 + 100)  # a test picture first
+    wait_until(lambda: predictions_asked(node) - asked == 1 + 100)  # a test image first
     found = outputs(done.stdout)
     assert [output.number for output in found] == [20, 40, 60, 80, 100]
     for output in found:
@@ -30,11 +30,11 @@ def test_torchserve_batches_single_frames(node: Node, long_clip: Path) -> None:
         assert output.fps > 0
         assert len(output.answers) == 4
         assert all(next(iter(answer)) in CATS for answer in output.answers)
-    book = books(done.stderr)[str(long_clip)]
-    assert (book["captured"], book["answered"], book["dropped"]) == ("100", "100", "0")
-    assert float(book["FPS"]) > 0
-    assert 0 < int(book["p50 ms"]) <= int(book["p95 ms"]) <= int(book["p99 ms"]) <= int(book["max ms"])
-    assert 1 < float(book["frames/pass"]) <= 4
+    row = summary(done.stderr)[str(long_clip)]
+    assert (row["captured"], row["answered"], row["dropped"]) == ("100", "100", "0")
+    assert float(row["FPS"]) > 0
+    assert 0 < int(row["p50 ms"]) <= int(row["p95 ms"]) <= int(row["p99 ms"]) <= int(row["max ms"])
+    assert 1 < float(row["batch"]) <= 4
 
 
 def test_client_batches_frames_as_json(node: Node, long_clip: Path) -> None:
@@ -42,7 +42,7 @@ def test_client_batches_frames_as_json(node: Node, long_clip: Path) -> None:
     command = [*MODEL, "--url", node.url, "--input", str(long_clip), "--fps", "max"]
     done = run("request.py", *command, "--client-batching", "--batch-size", "3", cwd=node.folder)
     assert done.returncode == 0, done.stderr
-    wait_until(lambda: predictions_asked(node) - asked == 1 + 34)  # a test picture, 33 batches of 3, and one of 1
+    wait_until(lambda: predictions_asked(node) - asked == 1 + 34)  # a test image, 33 batches of 3, and one of 1
     found = outputs(done.stdout)
     assert [output.number for output in found] == [20, 40, 60, 80, 100]
     assert [len(output.answers[0]) for output in found] == [3] * 5
@@ -51,7 +51,7 @@ def test_client_batches_frames_as_json(node: Node, long_clip: Path) -> None:
         assert all(next(iter(answer)) in CATS for answer in batch)
 
 
-def test_every_answer_belongs_to_its_frame(node: Node, short_clip: Path) -> None:
+def test_every_prediction_belongs_to_its_frame(node: Node, short_clip: Path) -> None:
     expected = [post(node, MODEL[1], jpeg(frame)).json() for frame in frames_of(short_clip)]
     assert len({json.dumps(answer) for answer in expected}) == 22
     command = ["request.py", *MODEL, "--url", node.url, "--input", str(short_clip), "--log-every", "1"]
@@ -69,7 +69,7 @@ def test_every_answer_belongs_to_its_frame(node: Node, short_clip: Path) -> None
 
 @pytest.mark.parametrize("fake", ["out of order"], indirect=True)
 @pytest.mark.parametrize("flags", [["--batch-size", "1"], ["--batch-size", "3", "--client-batching"]], ids=str)
-def test_answers_that_overtake_each_other_are_shown_in_frame_order(
+def test_responses_that_overtake_each_other_are_printed_in_frame_order(
     fake: FakeServer, flags: list[str], short_clip: Path, tmp_path: Path
 ) -> None:
     expected = [hashlib.sha256(jpeg(frame)).hexdigest() for frame in frames_of(short_clip)]
@@ -89,7 +89,7 @@ def test_answers_that_overtake_each_other_are_shown_in_frame_order(
 def error_of(*arguments: str | Path, cwd: Path, code: int, environment: dict[str, str] | None = None) -> str:
     """Run request.py, which must fail with this exit code and one line; return the line."""
     done = run("request.py", *arguments, cwd=cwd, environment=environment)
-    lines: list[str] = [line for line in done.stderr.splitlines() if "gives no answers" not in line]
+    lines: list[str] = [line for line in done.stderr.splitlines() if "is not responding" not in line]
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     assert len(lines) == 1, done.stderr
@@ -106,7 +106,7 @@ def test_missing_server(tmp_path: Path) -> None:
 
 def test_missing_token(node: Node, tmp_path: Path) -> None:
     error = error_of(*MODEL, "--url", node.url, cwd=tmp_path, code=4)
-    assert "wants a token" in error
+    assert "requires a token" in error
     assert "--token-file FILE" in error
     assert "TORCHSERVE_TOKEN" in error
 
@@ -114,22 +114,22 @@ def test_missing_token(node: Node, tmp_path: Path) -> None:
 def test_wrong_token(node: Node, tmp_path: Path) -> None:
     environment = {"TORCHSERVE_TOKEN": "wrong-token"}
     error = error_of(*MODEL, "--url", node.url, cwd=tmp_path, code=4, environment=environment)
-    assert "refuses the token from TORCHSERVE_TOKEN" in error
+    assert "rejects the token from TORCHSERVE_TOKEN" in error
     assert "wrong-token" not in error
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such address for itself")
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 @pytest.mark.parametrize(
-    ("host", "token", "is_told"), [("0.0.0.0", "t", True), ("0.0.0.0", "", False), ("127.0.0.1", "t", False)]
+    ("host", "token", "is_reported"), [("0.0.0.0", "t", True), ("0.0.0.0", "", False), ("127.0.0.1", "t", False)]
 )
-def test_token_in_plain_text_is_told(
-    fake: FakeServer, short_clip: Path, tmp_path: Path, host: str, token: str, is_told: bool
+def test_unencrypted_token_is_reported(
+    fake: FakeServer, short_clip: Path, tmp_path: Path, host: str, token: str, is_reported: bool
 ) -> None:
     command = ["request.py", "--url", f"http://{host}:{fake.server_port}", "--input", str(short_clip), "--quiet"]
     done = run(*command, cwd=tmp_path, environment={"TORCHSERVE_TOKEN": token})
     assert done.returncode == 0, done.stderr
-    assert ("the token goes to" in done.stderr) == is_told
+    assert ("the token goes to" in done.stderr) == is_reported
 
 
 @pytest.mark.parametrize("fake", ["first 401"], indirect=True)
@@ -144,9 +144,9 @@ def test_token_that_a_proxy_gets_to_know_later(
 
 
 @pytest.mark.parametrize("token", ["two words", "two\nlines", "ß"])
-def test_token_that_is_none(tmp_path: Path, token: str) -> None:
+def test_malformed_token(tmp_path: Path, token: str) -> None:
     error = error_of(cwd=tmp_path, code=4, environment={"TORCHSERVE_TOKEN": token})
-    assert "what is in TORCHSERVE_TOKEN is no token" in error
+    assert "TORCHSERVE_TOKEN holds no token" in error
     assert token not in error
 
 
@@ -160,7 +160,7 @@ def test_bad_token_file(tmp_path: Path, content: str | None, message: str) -> No
 
 
 def test_token_file_from_elsewhere(node: Node, short_clip: Path, tmp_path: Path) -> None:
-    """The flag counts for more than the variable."""
+    """The flag takes precedence over the variable."""
     key_file = node.folder / "key_file.json"
     environment = {"TORCHSERVE_TOKEN": "wrong-token"}
     command = ["request.py", *MODEL, "--url", node.url, "--input", str(short_clip), "--token-file", str(key_file)]
@@ -175,7 +175,7 @@ def test_model_that_is_not_loaded(node: Node) -> None:
 
 
 def test_wrong_usage_is_exit_code_2(tmp_path: Path) -> None:
-    """What else is wrong usage: tests/unit/test_options.py."""
+    """For other wrong usage see tests/unit/test_options.py."""
     done = run("request.py", "--batch-size", "0", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "expected a whole number from 1" in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""edge/cameras.py with network streams: cut, stalled and mute cameras, and such as change."""
+"""edge/cameras.py with network streams that are cut, stall, never respond, or change."""
 
 import threading
 import time
@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from demo.node import free_ports
-from edge.cameras import OPEN_TIMEOUT_MS, Camera, Frame, SourceError
+from edge.cameras import Camera
+from edge.errors import SourceError
+from edge.frames import Frame
+from edge.timing import Timing
 from tests.support.frames import jpeg
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
 from tests.support.scripts import wait_until
 
 
-def pictures(count: int, size: tuple[int, int] = (48, 64)) -> list[bytes]:
-    """Return pictures, height x width, each brighter than the one before."""
+def jpegs(count: int, size: tuple[int, int] = (48, 64)) -> list[bytes]:
+    """Return JPEG frames, height x width, each brighter than the one before."""
     return [jpeg(np.full((*size, 3), 10 * number, np.uint8)) for number in range(count)]
 
 
@@ -39,11 +42,11 @@ def stream_again(server: MjpegCamera, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_file_is_repeated_without_opening_it_again(short_clip: Path, stop: threading.Event) -> None:
-    """OpenCV opens one source at a time: a camera that never answers would hold up a file at each of its ends.
+    """OpenCV opens one source at a time: a camera that never responds would block a file at each of its ends.
 
     30 frames take 0.3 s, and OpenCV waits 5 s for the camera.
     """
-    with mjpeg_camera(pictures(1)) as mute:
+    with mjpeg_camera(jpegs(1)) as mute:
         mute.mode = "mute"
         frames = Camera(str(short_clip), loop=True).frames(stop)
         next(frames)
@@ -52,21 +55,21 @@ def test_file_is_repeated_without_opening_it_again(short_clip: Path, stop: threa
         wait_until(lambda: mute.asked > 0)
         begin = time.monotonic()
         repeated = [next(frames) for _ in range(30)]
-        assert repeated[-1].captured_at - begin < 0.8 * OPEN_TIMEOUT_MS / 1000
+        assert repeated[-1].captured_at - begin < 0.8 * Timing().camera_open_s
         stop.set()
         thread.join(60)
         assert not thread.is_alive()
 
 
 def test_stream_that_is_cut_goes_on_when_it_is_back(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
-    with mjpeg_camera(pictures(20)) as server:
+    with mjpeg_camera(jpegs(20)) as server:
         camera = Camera(server.url.replace("http://", "http://admin:hunter2@") + "?user=admin&pwd=hunter2&channel=1")
         assert camera.is_live
         frames = camera.frames(stop)
         before = [next(frames) for _ in range(5)]
         server.mode = "cut"
         stream_again(server, caplog)
-        after = [next(frames) for _ in range(60)]  # more than what was on its way when the stream was cut
+        after = [next(frames) for _ in range(60)]  # more than were in flight when the stream was cut
         assert [frame.number for frame in before + after] == list(range(1, 66))
         assert server.streams == 2
         name = f"http://127.0.0.1:{server.server_port}/live?user=***&pwd=***&channel=1"
@@ -77,12 +80,9 @@ def test_stream_that_is_cut_goes_on_when_it_is_back(stop: threading.Event, caplo
     assert "hunter2" not in caplog.text
 
 
-def test_stream_that_stalls_is_opened_again(
-    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("edge.cameras.READ_TIMEOUT_MS", 500)
-    with mjpeg_camera(pictures(20)) as server:
-        frames = Camera(server.url).frames(stop)
+def test_stream_that_stalls_is_opened_again(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    with mjpeg_camera(jpegs(20)) as server:
+        frames = Camera(server.url, timing=Timing(camera_read_s=0.5)).frames(stop)
         next(frames)
         server.mode, stalled_at = "stalled", time.time()
         stream_again(server, caplog)
@@ -95,35 +95,36 @@ def test_stream_that_stalls_is_opened_again(
     assert caplog.records[0].created - stalled_at < 20, "40 times the timeout"
 
 
-def test_stream_that_never_answers_is_given_up_and_tried_again(
-    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, caplog: pytest.LogCaptureFixture
+def test_stream_that_never_responds_times_out_and_is_opened_again(
+    stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("edge.cameras.OPEN_TIMEOUT_MS", 500)
-    with mjpeg_camera(pictures(20)) as server:
+    timing = Timing(camera_open_s=0.5)
+    with mjpeg_camera(jpegs(20)) as server:
         server.mode = "mute"
         stream_again(server, caplog)
-        assert next(Camera(server.url).frames(stop)).number == 1
+        assert next(Camera(server.url, timing=timing).frames(stop)).number == 1
         assert "can't open" in caplog.messages[0]
         server.mode = "mute"
         with pytest.raises(SourceError, match="can't open"):
-            Camera(server.url).check()
+            Camera(server.url, timing=timing).check()
 
 
-def test_cameras_that_never_answer_do_not_make_another_one_fail(
-    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, caplog: pytest.LogCaptureFixture
+def test_cameras_that_never_respond_do_not_make_another_one_fail(
+    stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """OpenCV opens one at a time, with the timeout running: behind three others it would be over."""
-    monkeypatch.setattr("edge.cameras.OPEN_TIMEOUT_MS", 1500)
+    """OpenCV opens one at a time while the timeout runs: a camera that waits for three others would exceed it."""
+    timing = Timing(camera_open_s=1.5)
     with ExitStack() as cleanup:
-        mute = [cleanup.enter_context(mjpeg_camera(pictures(1))) for _ in range(3)]
-        well = cleanup.enter_context(mjpeg_camera(pictures(20), fps=100))
+        mute = [cleanup.enter_context(mjpeg_camera(jpegs(1))) for _ in range(3)]
+        well = cleanup.enter_context(mjpeg_camera(jpegs(20), fps=100))
         threads = []
         for camera in mute:
             camera.mode = "mute"
-            threads.append(threading.Thread(target=lambda url=camera.url: list(Camera(url).frames(stop))))
+            blocked = Camera(camera.url, timing=timing)
+            threads.append(threading.Thread(target=lambda blocked=blocked: list(blocked.frames(stop))))
             threads[-1].start()
         wait_until(lambda: any(camera.asked for camera in mute))
-        assert next(Camera(well.url).frames(stop)).number == 1
+        assert next(Camera(well.url, timing=timing).frames(stop)).number == 1
         stop.set()
         for thread in threads:
             thread.join(60)
@@ -139,17 +140,17 @@ def test_stream_may_be_absent_at_the_start(stop: threading.Event, caplog: pytest
     thread.start()
     wait_until(lambda: caplog.messages != [])
     assert not arrived
-    with mjpeg_camera(pictures(20), port=port):
+    with mjpeg_camera(jpegs(20), port=port):
         thread.join(60)
         assert [frame.number for frame in arrived] == [1]
     assert ["is not there" in caplog.messages[0], "is back" in caplog.messages[1]] == [True, True]
 
 
 def test_stream_may_change_its_resolution(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
-    with mjpeg_camera(pictures(5, (48, 64)) + pictures(5, (96, 128))) as server:
+    with mjpeg_camera(jpegs(5, (48, 64)) + jpegs(5, (96, 128))) as server:
         frames = Camera(server.url).frames(stop)
         assert [next(frames).number for _ in range(30)] == list(range(1, 31))
-        server.pictures = pictures(10, (96, 128))
+        server.frames = jpegs(10, (96, 128))
         server.mode = "cut"
         stream_again(server, caplog)
         for frame in frames:
@@ -159,7 +160,7 @@ def test_stream_may_change_its_resolution(stop: threading.Event, caplog: pytest.
 
 
 def test_stream_that_slows_down_is_not_lost(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
-    with mjpeg_camera(pictures(20)) as server:
+    with mjpeg_camera(jpegs(20)) as server:
         frames = Camera(server.url).frames(stop)
         next(frames)
         server.fps = 1
@@ -171,7 +172,7 @@ def test_stream_that_slows_down_is_not_lost(stop: threading.Event, caplog: pytes
 
 
 def test_live_source_is_sampled_down(stop: threading.Event) -> None:
-    with mjpeg_camera(pictures(20), fps=40) as server:
+    with mjpeg_camera(jpegs(20), fps=40) as server:
         frames = Camera(server.url, fps=10).frames(stop)
         captured_at = [next(frames).captured_at for _ in range(21)]
         assert captured_at[-1] - captured_at[0] >= 19 / 10

@@ -1,6 +1,6 @@
 """Four live cameras, both recipes, a real TorchServe, and a fault every 20 seconds: `make soak MINUTES=10`.
 
-Exit codes: 0 all is well, 1 the books don't close, a stream did not recover, a frame failed, or something grew.
+Exit codes: 0 all is well, 1 the counts don't add up, a stream did not recover, a frame failed, or something grew.
 """
 
 import argparse
@@ -27,8 +27,8 @@ FPS = 5
 EVERY_S = 20.0
 RECOVERY_S = 10.0
 WARM_UP_S = 20.0
-# What the processes may have more at the end than at the start.
-MOST = {"threads": 20, "descriptors": 24, "sockets": 20, "processes": 0, "megabytes": 30}
+# How much more the processes may hold at the end than at the start.
+MAX_GROWTH = {"threads": 20, "descriptors": 24, "sockets": 20, "processes": 0, "megabytes": 30}
 
 
 def recovery_s(request: Run, camera: str, since: float) -> float:
@@ -56,8 +56,8 @@ def main() -> int:
     problems: list[str] = []
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
-        pictures = [jpeg(small(frame)) for frame in frames_of(CLIP)]
-        cameras = [cleanup.enter_context(mjpeg_camera(pictures, fps=FPS)) for _ in range(4)]
+        jpegs = [jpeg(small(frame)) for frame in frames_of(CLIP)]
+        cameras = [cleanup.enter_context(mjpeg_camera(jpegs, fps=FPS)) for _ in range(4)]
         site = Site(folder, Archives(folder), cameras, cleanup)
         runs: dict[str, Run] = {}
         for model, pair in ((SINGLE, cameras[:2]), (BATCHED, cameras[2:])):
@@ -93,18 +93,18 @@ def main() -> int:
 
         after = {model: resources(request.process) for model, request in runs.items()}
         server_after = memory(site)
-        books = {model: request.end() for model, request in runs.items()}
+        summaries = {model: request.end() for model, request in runs.items()}
         print()
         say("camera", "captured", "answered", "failed / dropped", "longest gap s")
-        for (model, found), number in zip(books.items(), (0, 2), strict=True):
+        for (model, found), number in zip(summaries.items(), (0, 2), strict=True):
             lines = json_lines(runs[model].output)
-            for index, (camera, book) in enumerate(found.items(), start=number + 1):
-                lost = f"{book['failed']} / {int(book['dropped']) + int(book['expired'])}"
+            for index, (camera, row) in enumerate(found.items(), start=number + 1):
+                lost = f"{row['failed']} / {int(row['dropped']) + int(row['expired'])}"
                 gap = longest_gap(lines, camera)
                 name = f"{index} ({'JSON batches' if number else 'single frames'})"
-                say(name, book["captured"], book["answered"], lost, f"{gap:.1f}")
-                if book["failed"] != "0":
-                    problems.append(f"camera {index}: {book['failed']} frames failed")
+                say(name, row["captured"], row["answered"], lost, f"{gap:.1f}")
+                if row["failed"] != "0":
+                    problems.append(f"camera {index}: {row['failed']} frames failed")
         injected = sum(map(len, recoveries.values()))
         survived = sum(seconds < RECOVERY_S for each in recoveries.values() for seconds in each)
         print(f"\nfaults injected {injected}, survived {survived}; recovery in seconds, median and longest:")
@@ -112,10 +112,10 @@ def main() -> int:
             say(f"  {name}", f"{statistics.median(each):.1f}", f"{max(each):.1f}")
         print()
         say("at start -> at end", "single frames", "JSON batches")
-        for what, most in MOST.items():
+        for what, allowed in MAX_GROWTH.items():
             pairs = [(before[model][what], after[model][what]) for model in runs]
             say(what, *(f"{old} -> {new}" for old, new in pairs))
-            problems += [f"{what} grew from {old} to {new}" for old, new in pairs if new > old + most]
+            problems += [f"{what} grew from {old} to {new}" for old, new in pairs if new > old + allowed]
         print(f"TorchServe, with its workers: {server_before:.0f} MB -> {server_after:.0f} MB")
         if server_after > 1.2 * server_before:
             problems.append("TorchServe grew")

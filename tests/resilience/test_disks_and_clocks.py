@@ -11,7 +11,7 @@ from demo.node import PROJECT
 from tests.support.fake_server import FakeServer
 from tests.support.frames import frames_of
 from tests.support.programs import needs
-from tests.support.scripts import books, json_lines, outputs, running
+from tests.support.scripts import json_lines, outputs, running, summary
 
 
 @needs("faketime")
@@ -36,15 +36,15 @@ def test_clock_that_is_set_back(fake: FakeServer, long_clip: Path, tmp_path: Pat
     times = [datetime.fromisoformat(line["captured_at"]).timestamp() for line in lines]
     assert times[-1] - times[0] < -3000, "the clock was not set back"
     assert all(0 < line["latency_ms"] < 3_000_000 for line in lines)
-    (book,) = books(request.stderr()).values()
-    assert 0.1 < float(book["FPS"]) < 25.5, "a file of 25 fps"
+    (row,) = summary(request.stderr()).values()
+    assert 0.1 < float(row["FPS"]) < 25.5, "a file of 25 fps"
 
 
 @needs("unshare")
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 @pytest.mark.parametrize(("flags", "suffix"), [("", ".mp4"), ("--client-batching", ".avi")], ids=["single", "json"])
 def test_disk_that_becomes_full(fake: FakeServer, tmp_path: Path, flags: str, suffix: str) -> None:
-    """Under --jsonl and under --save-video: each ends by itself, with what was written, and the stream goes on."""
+    """Of --jsonl and of --save-video: each output ends by itself, with what was written, and the stream goes on."""
     for name in ("small", "large", "copies"):
         (tmp_path / name).mkdir()
     command = f'"{sys.executable}" "{PROJECT}/request.py" --url {fake.url} --fps max {flags}'
@@ -60,8 +60,8 @@ def test_disk_that_becomes_full(fake: FakeServer, tmp_path: Path, flags: str, su
     assert done.returncode == 1, done.stderr
     for file in ("small/out.jsonl", f"large/out{suffix}"):
         assert f"{file} fails, going on without it: OSError: [Errno 28] No space left on device" in done.stderr
-    (book,) = books(done.stderr).values()
-    assert (book["answered"], book["failed"], book["dropped"]) == ("375", "0", "0")
+    (row,) = summary(done.stderr).values()
+    assert (row["answered"], row["failed"], row["dropped"]) == ("375", "0", "0")
     assert outputs(done.stdout)[-1].number == 375
     assert 20 < len(json_lines(tmp_path / "copies" / "out.jsonl")) < 375
     assert 20 < len(frames_of(tmp_path / "copies" / f"out{suffix}")) < 375

@@ -1,4 +1,4 @@
-"""request.py while machines and networks fail: nothing that could be answered is lost, and it recovers by itself."""
+"""request.py while machines and networks fail: no frame is lost that could be answered, and it recovers by itself."""
 
 import re
 import time
@@ -15,12 +15,12 @@ from tests.support.frames import Pixels, jpeg, small, write_video
 from tests.support.mjpeg_camera import mjpeg_camera
 from tests.support.scripts import Run, json_lines, running, wait_until
 
-# Over three times what it takes on two idle cores, see tests/soak.txt.
+# More than three times the recovery times on two idle cores, see tests/soak.txt.
 RECOVERY_S = 30.0
-UNDER_WAY = 8  # So many answers of each camera and file show that it goes on.
+UNDER_WAY = 8  # With so many answered frames of each camera and file, the stream goes on.
 # Faults during which frames are answered as before.
 HARMLESS = {"token renewed", "network latency"}
-# What a request.py may have more than at its start.
+# How much more a request.py may hold than at its start.
 GROWTH = {
     SINGLE: {"threads": 16, "descriptors": 20, "sockets": 16, "processes": 0, "megabytes": 30},
     BATCHED: {"threads": 4, "descriptors": 8, "sockets": 4, "processes": 0, "megabytes": 30},
@@ -29,11 +29,11 @@ GROWTH = {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, archives: Archives, clip: list[Pixels]) -> Iterator[Site]:
-    pictures = [small(frame) for frame in clip]
+    frames = [small(frame) for frame in clip]
     folder = tmp_path_factory.mktemp("site")
-    write_video(folder / "clip.mp4", pictures[:80], 5)
-    with mjpeg_camera([jpeg(picture) for picture in pictures], fps=3) as camera, ExitStack() as cleanup:
-        # Its networks see tiny frames, so that any machine has time for what the cameras send.
+    write_video(folder / "clip.mp4", frames[:80], 5)
+    with mjpeg_camera([jpeg(frame) for frame in frames], fps=3) as camera, ExitStack() as cleanup:
+        # Its networks see tiny frames, so that any machine can answer all frames of the cameras.
         yield Site(folder, archives, [camera], cleanup, TINY)
 
 
@@ -48,11 +48,11 @@ class Streams:
             command = ["--url", site.proxy.url, "--model", model, "--input", self.camera, "--input", self.clip]
             command += ["--loop", "--server-wait", "300", *FLAGS[model]]
             self.runs[model] = cleanup.enter_context(running(site.node, folder / model, *command))
-        self.wait_for_answers(UNDER_WAY, since=0.0)
+        self.wait_for_answered(UNDER_WAY, since=0.0)
         self.at_start = {model: resources(run.process) for model, run in self.runs.items()}
 
-    def wait_for_answers(self, count: int, since: float) -> None:
-        """Wait until of each source so many frames are answered that were captured since then."""
+    def wait_for_answered(self, count: int, since: float) -> None:
+        """Wait until so many frames of each source are answered that were captured since then."""
         wait_until(
             lambda: all(
                 len(run.answered(source, since)) >= count
@@ -70,7 +70,7 @@ def streams(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_passes(site: Site, streams: Streams, name: str) -> None:
-    """Of the file every frame is answered, and the camera's when the fault is over; no frame fails."""
+    """Every frame of the file is answered, the frames of the camera after the fault; no frame fails."""
     fault, runs = FAULTS[name], streams.runs.values()
     read = {run: len(run.stderr()) for run in runs}
 
@@ -82,9 +82,9 @@ def test_fault_passes(site: Site, streams: Streams, name: str) -> None:
         if fault.reported:
             wait_until(lambda: is_reported(fault.reported))
         elif name in HARMLESS:
-            streams.wait_for_answers(UNDER_WAY, since=begin)
+            streams.wait_for_answered(UNDER_WAY, since=begin)
     end = time.time()
-    streams.wait_for_answers(1, since=end)
+    streams.wait_for_answered(1, since=end)
     wait_until(lambda: is_reported(f"{fault.reported}.*{fault.back}"))
     for model, run in streams.runs.items():
         recovery_s = min(run.answered(streams.camera, end)) - end
@@ -99,14 +99,14 @@ def test_fault_passes(site: Site, streams: Streams, name: str) -> None:
         assert "Traceback" not in run.stderr()
 
 
-def growth(at_start: dict[str, int], run: Run, most: dict[str, int]) -> dict[str, int]:
-    """Return how much more a request.py holds than it may, of each that it holds too much of."""
+def growth(at_start: dict[str, int], run: Run, allowed: dict[str, int]) -> dict[str, int]:
+    """Return what a request.py holds more of than is allowed, and how much more than at its start."""
     now = resources(run.process)
-    return {what: now[what] - at_start[what] for what in most if now[what] > at_start[what] + most[what]}
+    return {what: now[what] - at_start[what] for what in allowed if now[what] > at_start[what] + allowed[what]}
 
 
 def captured(run: Run, camera: str) -> list[tuple[float, str]]:
-    """Return when each frame of a camera was captured, seconds since the epoch, and what became of it."""
+    """Return when each frame of a camera was captured, seconds since the epoch, and its outcome."""
     lines = [line for line in run.results() if line["camera"] == camera]
     return [(datetime.fromisoformat(line["captured_at"]).timestamp(), line["outcome"]) for line in lines]
 
@@ -115,6 +115,6 @@ def test_after_all_faults_the_counts_add_up(streams: Streams) -> None:
     for run in streams.runs.values():
         found = run.end()
         assert list(found) == [streams.camera, streams.clip]
-        assert all(book["failed"] == "0" for book in found.values()), run.stderr()
+        assert all(row["failed"] == "0" for row in found.values()), run.stderr()
         dropped = {line["error"] for line in json_lines(run.output) if line["outcome"] == "dropped"}
         assert dropped <= {"buffer full", "the run ended"}

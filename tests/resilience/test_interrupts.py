@@ -1,4 +1,4 @@
-"""request.py that is interrupted: it finishes what is on its way, and its counts add up."""
+"""request.py that is interrupted: it waits for the requests in flight, and its counts add up."""
 
 import random
 import signal
@@ -12,7 +12,7 @@ from demo.node import PROJECT, free_ports
 from tests.support.fake_server import FakeServer
 from tests.support.frames import Pixels, jpeg, small
 from tests.support.mjpeg_camera import mjpeg_camera
-from tests.support.scripts import books, outputs, running, started, wait_until
+from tests.support.scripts import outputs, running, started, summary, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
@@ -33,13 +33,13 @@ def test_interrupted_at_any_moment_the_counts_add_up(
                 wait_until(lambda run=request, moment=moment: run.output.exists() and run.lines() >= moment)  # type: ignore[misc]
                 found = request.end(chance.choice([signal.SIGINT, signal.SIGTERM]))
             assert list(found) == [camera.url, str(long_clip)]
-            assert all(book["failed"] == "0" for book in found.values()), request.stderr()
+            assert all(row["failed"] == "0" for row in found.values()), request.stderr()
             assert "Traceback" not in request.stderr()
 
 
 @pytest.mark.parametrize("fake", ["slow"], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_finishes_what_is_on_its_way(
+def test_interrupted_run_completes_the_requests_in_flight(
     fake: FakeServer, long_clip: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     """A frame that was sent is answered 0.5 s later; one that was read but not sent is dropped."""
@@ -53,22 +53,22 @@ def test_interrupted_run_finishes_what_is_on_its_way(
         process.send_signal(number)
         errors = process.communicate(timeout=120)[1]
     assert process.returncode == 130
-    book = books(errors)[str(long_clip)]
-    assert book["failed"] == "0"
-    assert int(book["captured"]) < 100
-    # What is printed last are the last predictions; frames that were dropped after them have none.
-    assert 10 <= outputs(printed.read_text())[-1].number <= int(book["captured"])
-    assert fake.frames_asked == int(book["answered"])
+    row = summary(errors)[str(long_clip)]
+    assert row["failed"] == "0"
+    assert int(row["captured"]) < 100
+    # The last output has the last predictions; frames that were dropped after them have none.
+    assert 10 <= outputs(printed.read_text())[-1].number <= int(row["captured"])
+    assert fake.frames_asked == int(row["answered"])
 
 
 @pytest.mark.parametrize("fake", ["silent"], indirect=True)
-def test_second_interrupt_does_not_wait_for_answers(fake: FakeServer, tmp_path: Path) -> None:
+def test_second_interrupt_does_not_wait_for_responses(fake: FakeServer, tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "request.py"), "--url", f"http://127.0.0.1:{fake.server_port}"]
     with started(command, cwd=tmp_path) as process:
         wait_until(lambda: fake.frames_asked > 0)
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=2)  # It waits for the answer to the frame that is on its way.
+            process.wait(timeout=2)  # It waits for the response to the request in flight.
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == -signal.SIGINT
 
@@ -78,6 +78,6 @@ def test_interrupted_while_waiting_for_a_server(tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "request.py"), "--url", address]
     with started(command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert process.stderr
-        assert "gives no answers (Connection refused)" in process.stderr.readline().replace("[Errno 111] ", "")
+        assert "is not responding (Connection refused)" in process.stderr.readline().replace("[Errno 111] ", "")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130

@@ -1,4 +1,4 @@
-"""request.py when a real TorchServe is stopped, started again, or does not take its token any more.
+"""request.py when a real TorchServe is stopped, started again, or no longer accepts its token.
 
 The tests share one server and run in this order: the last two stop it.
 """
@@ -15,7 +15,7 @@ import pytest
 from demo.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
 from tests.support.archives import TINY, Archives
 from tests.support.nodes import rotate_token
-from tests.support.scripts import MODEL, books, json_lines, running
+from tests.support.scripts import MODEL, json_lines, running, summary
 
 TOKEN_S = 8.0
 
@@ -59,7 +59,7 @@ def short_tokens(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -
 
 
 def test_stream_outlives_its_tokens(short_tokens: ShortTokens, long_clip: Path, tmp_path: Path) -> None:
-    """Each is renewed with the API key when it is refused, and no sooner; nothing is lost."""
+    """Each is renewed with the API key when it is rejected, and no sooner; no frame is lost."""
     node = short_tokens.node
     first, before, begin = node.token(), short_tokens.renewals(), time.monotonic()
     command = ["--input", str(long_clip), "--loop", "--management-url", node.management_url]
@@ -67,16 +67,16 @@ def test_stream_outlives_its_tokens(short_tokens: ShortTokens, long_clip: Path, 
         request.wait_until(lambda: short_tokens.renewals() >= before + 2)
         answered = request.lines()
         request.wait_until(lambda: request.lines() > answered)
-        (book,) = request.end().values()
+        (row,) = request.end().values()
     seconds = time.monotonic() - begin
-    assert book["failed"] == "0", request.stderr()
+    assert row["failed"] == "0", request.stderr()
     assert {line["error"] for line in json_lines(request.output)} <= {None, "the run ended"}
     assert short_tokens.renewals() - before <= seconds / TOKEN_S + 1
     assert node.token() != first
     assert first not in request.stderr()
 
 
-def test_refused_token_without_a_file_ends_a_file_s_run(
+def test_rejected_token_without_a_key_file_ends_the_run_of_a_file(
     short_tokens: ShortTokens, long_clip: Path, tmp_path: Path
 ) -> None:
     node = short_tokens.node
@@ -87,15 +87,15 @@ def test_refused_token_without_a_file_ends_a_file_s_run(
         request.wait_until(lambda: request.lines() > 10)
         rotate_token(node)
         assert request.process.wait(timeout=120) == 4, request.stderr()
-    assert "gives no answers (400 Token Authorization failed" in request.stderr()
-    (book,) = books(request.stderr()).values()
-    assert 0 < int(book["failed"]) <= 2 * 16, "what was in flight"
+    assert "is not responding (400 Token Authorization failed" in request.stderr()
+    (row,) = summary(request.stderr()).values()
+    assert 0 < int(row["failed"]) <= 2 * 16, "the requests that were in flight"
 
 
-def test_copy_of_a_key_file_is_renewed_once_and_told(
+def test_copy_of_a_key_file_is_renewed_once_and_reported(
     short_tokens: ShortTokens, long_clip: Path, tmp_path: Path
 ) -> None:
-    """Each renewal would shut out all others who have the token."""
+    """Each renewal makes the token of all other clients invalid."""
     node = short_tokens.node
     rotate_token(node)
     key_file = tmp_path / "copy.json"
@@ -119,13 +119,13 @@ def test_file_loses_nothing_when_the_server_restarts(
     with running(short_tokens.node, tmp_path, *flags) as request:
         request.wait_until(lambda: request.lines() > 20)
         short_tokens.stop()
-        request.wait_until(lambda: f"{url} gives no answers (" in request.stderr())
+        request.wait_until(lambda: f"{url} is not responding (" in request.stderr())
         short_tokens.start()
         assert request.process.wait(timeout=120) == 0, request.stderr()
     lines = json_lines(request.output)
     assert len(lines) == 100
     assert {line["outcome"] for line in lines} == {"answered"}
-    assert f"{url} answers again after " in request.stderr()
+    assert f"{url} is responding again after " in request.stderr()
 
 
 def test_file_waits_for_a_dead_server_only_so_long(short_tokens: ShortTokens, long_clip: Path, tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_file_waits_for_a_dead_server_only_so_long(short_tokens: ShortTokens, lo
         short_tokens.stop()
         assert request.process.wait(timeout=120) == 4, request.stderr()
     last = request.stderr().splitlines()[-1]
-    assert last.startswith(f"request.py: {short_tokens.node.url} gave no answer for 4 s (")
-    (book,) = books(request.stderr()).values()
+    assert last.startswith(f"request.py: {short_tokens.node.url} did not respond for 4 s (")
+    (row,) = summary(request.stderr()).values()
     lines = json_lines(request.output)
-    assert len(lines) == int(book["captured"])
-    assert int(book["failed"]) > 0
+    assert len(lines) == int(row["captured"])
+    assert int(row["failed"]) > 0
     assert {line["error"] for line in lines if line["outcome"] == "dropped"} <= {"the run ended"}

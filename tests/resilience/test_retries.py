@@ -1,105 +1,118 @@
-"""edge/client.py against servers that fail: what is tried again, how long, and what the user hears of it."""
+"""edge/client.py with servers that fail: which requests are retried, for how long, and what is logged."""
 
 import re
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from demo.node import free_ports
-from edge.retries import ServerError
-from edge.stats import Result
-from tests.support.client import PICTURES, ask, assert_all_answered, frames, session
+from edge.errors import ServerError
+from edge.frames import Result
+from edge.timing import Timing
+from tests.support.client import IMAGES, assert_all_answered, frames, new_client, one_by_one, predict
 from tests.support.fake_server import FakeServer
 from tests.support.scripts import wait_until
 
-PASSING_TROUBLE = ["429", "500", "502", "503", "504", "507", "half an answer", "stalls", "closes", "resets"]
+TRANSIENT = ["429", "500", "502", "503", "504", "507"]
+TRANSIENT += ["half a response", "chunks cut off", "stalls", "closes", "resets"]
+# A server that does not respond is noticed within a second. Each attempt may take `connect_s` more than that.
+FAST = Timing(poll_s=0.05, connect_s=0.5, min_response_s=0.5, response_s=0.5, response_per_frame_s=0.0)
 
 
-@pytest.mark.parametrize(
-    "fake",
-    [f"first {what}" for what in PASSING_TROUBLE],
-    indirect=True,
-)
+@pytest.mark.parametrize("fake", [f"first {failure}" for failure in TRANSIENT], indirect=True)
 @pytest.mark.parametrize("as_json", [False, True], ids=["single", "json"])
-def test_passing_trouble_costs_nothing(
-    fake: FakeServer, as_json: bool, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with session(fake.url, stop, as_json=as_json) as server:
-        server.wait_until_ready(5.0)
-        monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 2.0)
-        monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
-        sent = frames(PICTURES)
+def test_transient_failures_lose_no_frame(fake: FakeServer, as_json: bool, stop: threading.Event) -> None:
+    with new_client(fake.url, stop, FAST, client_batching=as_json) as client:
+        client.wait_until_ready()
+        sent = frames(IMAGES)
         requests = [sent[:3], sent[3:]] if as_json else [[frame] for frame in sent]
-        assert_all_answered(ask(server, *requests))
-        assert not server.health.is_away(0.0)
+        assert_all_answered(predict(client, *requests))
+        assert client.health.down_for_s() == 0
     assert fake.frames_asked == 2 * len(requests)
 
 
 @pytest.mark.parametrize("fake", ["503", "closes"], indirect=True)
-def test_lasting_trouble_ends_with_the_patience(
-    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_lasting_failures_are_retried_until_the_deadline(
+    fake: FakeServer, stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("edge.retries.NOTICE_AFTER_S", 0.5)
-    with session(fake.url, stop) as server:
-        server.wait_until_ready(1.5)
+    with new_client(fake.url, stop, replace(FAST, report_after_s=0.5), server_wait_s=1.5) as client:
+        client.wait_until_ready()
         begin = time.monotonic()
-        results = ask(server, *[[frame] for frame in frames(PICTURES[:4])])
+        results = predict(client, *one_by_one(IMAGES[:4]))
         assert time.monotonic() - begin >= 1.5
-        assert server.health.is_away(1.5)
-        reason = "503 try later" if fake.behaviour == "503" else "no answer: Remote end closed connection"
+        assert client.health.down_for_s() >= 1.5
+        assert client.health.is_down
+        reason = "503 try later" if fake.behaviour == "503" else "no response: Remote end closed connection"
         assert [(result.outcome, result.error is not None and reason in result.error) for result in results] == [
             ("failed", True)
         ] * 4
         assert 4 * 2 <= fake.frames_asked <= 4 * 20, "back-off"
         fake.behaviour = "good"
-        assert_all_answered(ask(server, frames([b"six"])))
-        assert not server.health.is_away(0.0)
+        assert_all_answered(predict(client, frames([b"six"])))
+        assert client.health.down_for_s() == 0
+        assert not client.health.is_down
     lost, back = [record.message for record in caplog.records if record.name.startswith("edge")]
-    assert lost.startswith(f"{fake.url} gives no answers (")
-    assert back.startswith(f"{fake.url} answers again after ")
+    assert lost.startswith(f"{fake.url} is not responding (")
+    assert lost.endswith("; retrying until it does")
+    assert re.fullmatch(rf"{fake.url} is responding again after \d+\.\d s", back)
 
 
 @pytest.mark.parametrize("fake", ["503"], indirect=True)
-def test_patience_outlasts_the_attempts_of_urllib3(
-    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edge.client.MOST_ATTEMPTS", 2)
-    with session(fake.url, stop) as server:
-        server.wait_until_ready(60.0)
-        threading.Timer(3.0, setattr, [fake, "behaviour", "good"]).start()
-        assert_all_answered(ask(server, frames(PICTURES[:1])))
-    assert fake.frames_asked > 3
+def test_time_is_the_only_limit_of_the_attempts(fake: FakeServer, stop: threading.Event) -> None:
+    many = 100
+    timing = replace(FAST, first_backoff_s=0.0, max_backoff_s=0.0)
+    with new_client(fake.url, stop, timing, server_wait_s=300.0) as client:
+        client.wait_until_ready()
+
+        def recover_after_many() -> None:
+            wait_until(lambda: fake.frames_asked >= many)
+            fake.behaviour = "good"
+
+        thread = threading.Thread(target=recover_after_many)
+        thread.start()
+        assert_all_answered(predict(client, frames(IMAGES[:1])))
+        thread.join()
 
 
-def test_patience_for_a_server_that_is_not_there_yet(stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge.client.MOST_ATTEMPTS", 2)
-    with session(f"http://127.0.0.1:{free_ports(1)[0]}", stop, patience_s=3.0) as server:
+@pytest.mark.parametrize("fake", ["503"], indirect=True)
+def test_frames_are_not_retried_for_longer_than_their_maximum_age(fake: FakeServer, stop: threading.Event) -> None:
+    with new_client(fake.url, stop, FAST, server_wait_s=300.0, max_age_s=0.5) as client:
+        client.wait_until_ready()
+        begin = time.monotonic()
+        (result,) = predict(client, frames(IMAGES[:1]))
+        assert time.monotonic() - begin < 100, "of 300 s"
+    assert result.error == "503 try later"
+    assert fake.frames_asked >= 2
+
+
+def test_waits_for_a_server_that_is_not_there_yet(stop: threading.Event) -> None:
+    with new_client(f"http://127.0.0.1:{free_ports(1)[0]}", stop, FAST, server_wait_s=1.5) as client:
         begin = time.monotonic()
         with pytest.raises(ServerError, match=r"no server at .* \(.*Connection refused"):
-            server.connect()
-        assert time.monotonic() - begin >= 3.0
+            client.connect()
+        assert time.monotonic() - begin >= 1.5
 
 
 @pytest.mark.parametrize("fake", ["503"], indirect=True)
-def test_while_the_server_is_away_a_single_request_asks(
-    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edge.retries.NOTICE_AFTER_S", 0.2)
-    with session(fake.url, stop, max_in_flight=8) as server:
-        server.wait_until_ready(0.5)
-        ask(server, *[[frame] for frame in frames(PICTURES)])
+def test_while_the_server_is_down_a_single_request_probes_it(fake: FakeServer, stop: threading.Event) -> None:
+    with new_client(fake.url, stop, replace(FAST, report_after_s=0.2), server_wait_s=0.5, max_in_flight=8) as client:
+        client.wait_until_ready()
+        predict(client, *one_by_one(IMAGES))
+        assert client.health.is_down
         begin = time.monotonic()
-        ask(server, *[[frame] for frame in frames(PICTURES)])
-        assert time.monotonic() - begin >= 5 * 0.5
+        predict(client, *one_by_one(IMAGES))
+        assert time.monotonic() - begin >= 5 * 0.5, "one after the other"
         fake.behaviour = "good"
-        assert_all_answered(ask(server, *[[frame] for frame in frames(PICTURES)]))
+        assert_all_answered(predict(client, *one_by_one(IMAGES)))
 
 
-@pytest.mark.parametrize("fake", ["half an answer"], indirect=True)
-def test_half_answers_are_not_asked_for_again_after_stop(fake: FakeServer, stop: threading.Event) -> None:
-    with session(fake.url, stop) as server:
-        server.wait_until_ready(60.0)
+@pytest.mark.parametrize("fake", ["half a response", "chunks cut off"], indirect=True)
+def test_incomplete_response_is_not_retried_after_stop(fake: FakeServer, stop: threading.Event) -> None:
+    with new_client(fake.url, stop, FAST, server_wait_s=60.0) as client:
+        client.wait_until_ready()
         asked_at_stop: list[int] = []
 
         def stop_after_two() -> None:
@@ -109,51 +122,87 @@ def test_half_answers_are_not_asked_for_again_after_stop(fake: FakeServer, stop:
 
         thread = threading.Thread(target=stop_after_two)
         thread.start()
-        (result,) = ask(server, frames(PICTURES[:1]))
+        (result,) = predict(client, frames(IMAGES[:1]))
         thread.join()
     assert result.outcome == "failed"
-    assert fake.frames_asked <= asked_at_stop[0] + 1, "at most the one that was on its way"
+    assert fake.frames_asked <= asked_at_stop[0] + 1, "at most the one that was in flight"
+
+
+@pytest.mark.parametrize("fake", ["503"], indirect=True)
+def test_token_that_changes_while_the_server_is_down_is_read_again(
+    fake: FakeServer, stop: threading.Event, tmp_path: Path
+) -> None:
+    """As when TorchServe restarts, after many attempts of the request."""
+    key_file = tmp_path / "key_file.json"
+    key_file.write_text('{"inference": {"key": "old"}}')
+    timing = replace(FAST, max_backoff_s=0.1)
+    with new_client(fake.url, stop, timing, server_wait_s=20.0, token_file=key_file) as client:
+        client.wait_until_ready()
+
+        def restart() -> None:
+            wait_until(lambda: fake.frames_asked >= 10)
+            key_file.write_text('{"inference": {"key": "new"}}')
+            fake.behaviour = "only new"
+
+        thread = threading.Thread(target=restart)
+        thread.start()
+        assert_all_answered(predict(client, frames(IMAGES[:1])))
+        thread.join()
+    assert fake.tokens == {"Bearer old", "Bearer new"}
 
 
 @pytest.mark.parametrize("fake", ["503"], indirect=True)
 def test_stop_ends_the_retries(fake: FakeServer, stop: threading.Event) -> None:
-    with session(fake.url, stop) as server:
-        server.wait_until_ready(300.0)
+    with new_client(fake.url, stop, FAST, server_wait_s=300.0) as client:
+        client.wait_until_ready()
         threading.Timer(0.5, stop.set).start()
         begin = time.monotonic()
-        (result,) = ask(server, frames(PICTURES[:1]))
+        (result,) = predict(client, frames(IMAGES[:1]))
         assert result.outcome == "failed"
         assert time.monotonic() - begin < 100, "of 300 s"
 
 
-@pytest.mark.parametrize("fake", ["silent"], indirect=True)
-def test_silence_is_tried_again_and_given_up(
-    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with session(fake.url, stop) as server:
-        server.wait_until_ready(1.0)
-        monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 0.5)
-        monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
-        (result,) = ask(server, frames(PICTURES[:1]))
-    assert result.outcome == "failed"
-    assert "timed out" in str(result.error)
-    assert fake.frames_asked >= 2
+@pytest.mark.parametrize("fake", ["silent", "trickle"], indirect=True)
+def test_response_that_never_completes_is_retried_until_the_deadline(fake: FakeServer, stop: threading.Event) -> None:
+    """A trickle sends a byte every 0.2 s, so that the read timeout alone would never end it."""
+    with new_client(fake.url, stop, FAST, server_wait_s=1.0) as client:
+        client.wait_until_ready()
+        (result,) = predict(client, frames(IMAGES[:1]))
+        assert result.outcome == "failed"
+        assert "timed out" in str(result.error)
+        assert fake.frames_asked >= 2
+        fake.behaviour = "good"
+        assert_all_answered(predict(client, *one_by_one(IMAGES)))
+
+
+@pytest.mark.parametrize("fake", ["trickle"], indirect=True)
+def test_responses_that_trickle_keep_no_thread(fake: FakeServer, stop: threading.Event) -> None:
+    """In all threads of the pool at once: afterwards each of them works again."""
+    with new_client(fake.url, stop, replace(FAST, min_response_s=1.5), server_wait_s=1.0) as client:
+        client.wait_until_ready()
+        results: list[Result] = []
+        for request in one_by_one(IMAGES[:4]):
+            client.submit(request, results.append)
+        client.drain()
+        assert [(result.outcome, "timed out" in str(result.error)) for result in results] == [("failed", True)] * 4
+        assert fake.frames_asked >= 2 * 4
+        fake.behaviour = "slow"  # so that each request needs a thread of its own
+        assert_all_answered(predict(client, *one_by_one(IMAGES)))
 
 
 @pytest.mark.parametrize("fake", ["silent"], indirect=True)
-def test_silence_is_told_before_a_timeout_ends_it(
-    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_silence_is_reported_before_a_timeout_ends_it(
+    fake: FakeServer, stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Half of the timeout after the request, and not after the server's last answer."""
-    monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", 6.0)
-    monkeypatch.setattr("edge.retries.NOTICE_AFTER_S", 0.2)
+    """Half of the timeout after the request was sent, and not after the server's last response."""
     results: list[Result] = []
-    with session(fake.url, stop) as server:
-        server.wait_until_ready(60.0)
-        time.sleep(4)  # in which nothing is asked, so that nothing is missing
-        asked_at = time.time()
-        server.ask(frames(PICTURES[:1]), results.append)
-        thread = threading.Thread(target=server.finish)
+    timing = replace(FAST, min_response_s=2.0, report_after_s=0.2)
+    with new_client(fake.url, stop, timing, server_wait_s=60.0) as client:
+        client.wait_until_ready()
+        time.sleep(1.5)  # Nothing is sent meanwhile, so no response is missing.
+        sent_at = time.time()
+        client.submit(frames(IMAGES[:1]), results.append)
+        thread = threading.Thread(target=client.drain)
         thread.start()
         wait_until(lambda: caplog.records != [])
         assert results == []
@@ -161,38 +210,17 @@ def test_silence_is_told_before_a_timeout_ends_it(
         thread.join()
     assert fake.frames_asked == 1
     [lost] = [record for record in caplog.records if record.name.startswith("edge")]
-    assert re.search(r"gives no answers \(none for \d+ s\)", lost.message)
-    assert lost.created - asked_at > 3.5
-
-
-@pytest.mark.parametrize("fake", ["trickle"], indirect=True)
-def test_answer_that_trickles_is_given_up(
-    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Something comes every 0.2 s, so that no timeout of the connection ends it."""
-    results: list[Result] = []
-    with session(fake.url, stop) as server:
-        server.wait_until_ready(0.5)
-        monkeypatch.setattr("edge.client.SHORTEST_TIMEOUT_S", 1.5)
-        monkeypatch.setattr("edge.client.ANSWER_TIMEOUT_S", -10)
-        for frame in frames(PICTURES[:4]):
-            server.ask([frame], results.append)
-        server.finish()
-        assert [result.error for result in results] == ["no whole answer in time"] * 4
-        fake.behaviour = "good"  # Nobody gives the lost threads back, and yet it goes on.
-        assert_all_answered(ask(server, *[[frame] for frame in frames(PICTURES)]))
+    assert re.search(r"is not responding \(no response for \d+ s\)", lost.message)
+    assert lost.created - sent_at > 1.0
 
 
 @pytest.mark.parametrize("fake", ["silent"], indirect=True)
-def test_what_is_on_its_way_gets_a_few_seconds(
-    fake: FakeServer, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edge.client.GRACE_S", 0.5)
-    with session(fake.url, stop) as server:
-        server.wait_until_ready(5.0)
+def test_requests_in_flight_get_a_few_seconds_after_stop(fake: FakeServer, stop: threading.Event) -> None:
+    with new_client(fake.url, stop, Timing(drain_s=0.5)) as client:
+        client.wait_until_ready()
         threading.Timer(0.2, stop.set).start()
         begin = time.monotonic()
-        results = ask(server, *[[frame] for frame in frames(PICTURES[:4])])
+        results = predict(client, *one_by_one(IMAGES[:4]))
         assert time.monotonic() - begin < 50, "of the 60 s that the server would take"
-    assert {result.error for result in results} == {"the run ended, and 0.5 s later there was no answer"}
+    assert {result.error for result in results} == {"no response within 0.5 s of the end of the run"}
     assert len(results) == 4

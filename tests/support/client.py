@@ -1,47 +1,48 @@
-"""edge/client.py, asked directly: the frames, the session, and what an answer must be."""
+"""edge/client.py called directly: its frames, its requests, and their results."""
 
 import hashlib
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
-from edge.cameras import Camera, Frame
-from edge.client import TorchServe
-from edge.stats import Result
+from edge.cameras import Camera
+from edge.client import TorchServeClient
+from edge.frames import Frame, Result
+from edge.options import parse_args
+from edge.timing import Timing
 
 CAMERA = Camera("0")
-PICTURES = [b"one", b"two", b"three", b"four", b"five"]
+IMAGES = [b"one", b"two", b"three", b"four", b"five"]
 
 
-def session(url: str, stop: threading.Event, **options: Any) -> TorchServe:
-    """Return a session with the defaults of the tests."""
-    defaults: dict[str, Any] = {
-        "model": "resnet-18",
-        "token_file": None,
-        "management_url": None,
-        "as_json": False,
-        "max_in_flight": 4,
-        "patience_s": 5.0,
-    }
-    return TorchServe(url, stop=stop, **(defaults | options))
+def new_client(url: str, stop: threading.Event, timing: Timing | None = None, **options: Any) -> TorchServeClient:
+    """Return a client with at most 4 requests in flight, which are retried for 5 s, unless `options` say otherwise."""
+    defaults: dict[str, Any] = {"management_url": None, "max_in_flight": 4, "server_wait_s": 5.0}
+    return TorchServeClient(replace(parse_args(["--url", url]), **defaults | options), stop, timing or Timing())
 
 
-def frames(pictures: list[bytes]) -> list[Frame]:
-    return [Frame(CAMERA, number, time.monotonic(), picture) for number, picture in enumerate(pictures, start=1)]
+def frames(images: list[bytes]) -> list[Frame]:
+    return [Frame(CAMERA, number, time.monotonic(), image) for number, image in enumerate(images, start=1)]
 
 
-def ask(server: TorchServe, *requests: list[Frame]) -> list[Result]:
+def one_by_one(images: list[bytes]) -> list[list[Frame]]:
+    """Return requests of one frame each."""
+    return [[frame] for frame in frames(images)]
+
+
+def predict(client: TorchServeClient, *requests: list[Frame]) -> list[Result]:
     """Send requests; return the results of all their frames, by frame number."""
     results: list[Result] = []
     for request in requests:
-        server.wait_for_room()
-        server.ask(request, results.append)
-    server.finish()
+        client.wait_for_slot()
+        client.submit(request, results.append)
+    client.drain()
     return sorted(results, key=lambda result: result.frame.number)
 
 
 def assert_all_answered(results: list[Result]) -> None:
-    """Every frame has the answer that is its own."""
+    """Every frame has its own prediction."""
     assert [result.frame.number for result in results] == list(range(1, len(results) + 1))
     for result in results:
         assert result.outcome == "answered", result.error

@@ -33,7 +33,7 @@ MANAGEMENT = [
     ("GET", "/token?type=inference"),
     ("GET", "/token?type=management"),
 ]
-# What TorchServe answers to everybody, and nothing turns off: what its API looks like, and its own counts.
+# TorchServe responds to these without a key whatever its configuration: its API's description, and its metrics.
 DESCRIPTIONS = [("OPTIONS", "/"), ("GET", "/api-description")]
 METRICS = [*DESCRIPTIONS, ("GET", "/metrics")]
 

@@ -1,4 +1,4 @@
-"""A small HTTP server that misbehaves as TorchServe can't be made to, at least not on demand."""
+"""A small HTTP server that misbehaves on demand, as TorchServe does not."""
 
 import base64
 import hashlib
@@ -16,10 +16,10 @@ from demo.node import free_ports
 
 
 class FakeServer(http.server.ThreadingHTTPServer):
-    """Stands in for a TorchServe that answers out of order, or in a way that TorchServe never would.
+    """Replaces a TorchServe that responds out of order, or in a way that TorchServe never would.
 
-    The prediction of a frame is its hash. `behaviour` makes the answer from a request's frames and their number; the
-    test picture, number 0, is always answered well.
+    The prediction of a frame is its hash. `behaviour` says how a request is answered, "first ..." only the first one
+    with the same body. Request number 0, the test image, always gets a good response.
     """
 
     daemon_threads = True
@@ -31,9 +31,9 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.closing = threading.Event()
         self.lock = threading.Lock()
-        self.bodies: list[bytes] = []  # of the test picture, and of all that came after it
+        self.bodies: list[bytes] = []  # of the test image and of all requests after it
         self.tokens: set[str | None] = set()
-        self.connections: set[tuple[str, int]] = set()  # over which anything was asked
+        self.connections: set[tuple[str, int]] = set()  # that carried a request
 
     @property
     def frames_asked(self) -> int:
@@ -46,6 +46,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
 class FakeHandler(http.server.BaseHTTPRequestHandler):
     server: FakeServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # Nagle's algorithm would delay each response by 40 ms.
 
     def do_OPTIONS(self) -> None:
         self.reply(200, b"{}")
@@ -60,8 +61,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             is_first_time = body not in self.server.bodies[:-1]
         as_json = self.headers["Content-Type"] == "application/json"
         frames = [base64.b64decode(frame) for frame in json.loads(body).values()] if as_json else [body]
-        answers = [{hashlib.sha256(frame).hexdigest(): 1.0} for frame in frames]
-        good = json.dumps(answers if as_json else answers[0]).encode()
+        predictions = [{hashlib.sha256(frame).hexdigest(): 1.0} for frame in frames]
+        good = json.dumps(predictions if as_json else predictions[0]).encode()
         behaviour = self.server.behaviour if number else "good"
         if behaviour.startswith("first ") and not is_first_time:
             behaviour = "good"
@@ -84,9 +85,9 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             case "not a number":
                 self.reply(200, good.replace(b"1.0", b"NaN"))
             case "too few":
-                self.reply(200, json.dumps(answers[1:]).encode())
+                self.reply(200, json.dumps(predictions[1:]).encode())
             case "not predictions":
-                self.reply(200, json.dumps([7] * len(answers) if as_json else 7).encode())
+                self.reply(200, json.dumps([7] * len(predictions) if as_json else 7).encode())
             case "401":
                 self.reply(401, json.dumps({"error": "who are you?"}).encode())
             case "429" | "500" | "502" | "503" | "504" | "507" as status:
@@ -109,7 +110,11 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
                 while not self.server.closing.wait(0.2):
                     self.wfile.write(b" ")
                 self.close_connection = True
-            case "half an answer" | "stalls" as end:
+            case "chunked":
+                self.reply_in_chunks(good)
+            case "chunks cut off":
+                self.reply_in_chunks(good, is_complete=False)
+            case "half a response" | "stalls" as end:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(good)))
                 self.end_headers()
@@ -127,6 +132,11 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             case "resets":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.close_connection = True
+            case only if only.startswith("only ") and self.headers["Authorization"] != f"Bearer {only.split()[-1]}":
+                error = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed"}
+                self.reply(400, json.dumps(error).encode())
+            case only if only.startswith("only "):
+                self.reply(200, good)
             case small if small.startswith("at most ") and len(body) > int(small.split()[-1]):
                 self.reply(413, b"")
                 self.close_connection = True
@@ -141,6 +151,17 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def reply_in_chunks(self, body: bytes, is_complete: bool = True) -> None:
+        """Send a response whose length is not stated beforehand. It is complete with the empty chunk at its end."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        middle = len(body) // 2
+        for chunk in (body[:middle], body[middle:], b"") if is_complete else (body[:middle],):
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        self.close_connection = not is_complete
 
     def log_message(self, *_: object) -> None:
         pass

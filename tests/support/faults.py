@@ -1,4 +1,4 @@
-"""What machines and networks do to a running system: faults that begin, last and end, for the tests and the soak."""
+"""Faults of machines, networks and cameras, which begin, last and end: for the tests and the soak."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ import psutil
 import requests
 
 from demo.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve, wait_until_ready
-from edge.client import TEST_PICTURE
+from edge.client import TEST_IMAGE
 from tests.support.archives import Archives
 from tests.support.mjpeg_camera import MjpegCamera
 from tests.support.mjpeg_camera import Mode as CameraMode
@@ -144,7 +144,7 @@ def server_frozen(site: Site) -> Iterator[None]:
 
 @contextmanager
 def queue_full(site: Site) -> Iterator[None]:
-    """Somebody else asks as much as the network carries, without waiting after a refusal; many times in vain."""
+    """Another client sends requests as fast as it can, without a pause after a 503, and gets many of them."""
     is_over = threading.Event()
     refused = threading.Semaphore(0)
     headers = {"Authorization": f"Bearer {site.node.token()}"}
@@ -155,7 +155,7 @@ def queue_full(site: Site) -> Iterator[None]:
             while not is_over.is_set():
                 with suppress(requests.RequestException):
                     url = f"{site.node.url}/predictions/{model}"
-                    body, kind = (TEST_PICTURE, "image/jpeg") if model == SINGLE else (batch, "application/json")
+                    body, kind = (TEST_IMAGE, "image/jpeg") if model == SINGLE else (batch, "application/json")
                     response = session.post(url, body, headers=headers | {"Content-Type": kind}, timeout=60)
                     if response.status_code == requests.codes.service_unavailable:
                         refused.release()
@@ -173,7 +173,7 @@ def queue_full(site: Site) -> Iterator[None]:
 
 @contextmanager
 def token_renewed(site: Site) -> Iterator[None]:
-    """By somebody else, twice."""
+    """By another client, twice."""
     rotate_token(site.node)
     yield
     rotate_token(site.node)
@@ -211,8 +211,8 @@ class Fault:
 
     begin: has it last for as long as a `with` block.
     seconds: how long that is in the soak.
-    reported, back: what request.py says while it lasts, and when it is over, regular expressions; "": it may say
-        nothing, and frames are answered while the fault lasts.
+    reported, back: regular expressions of the messages of request.py while it lasts, and when it is over. "": there
+        may be no message, and frames are answered while the fault lasts.
     """
 
     begin: Callable[[Site], AbstractContextManager[None]]
@@ -221,8 +221,8 @@ class Fault:
     back: str = ""
 
 
-LOST, BACK = r"gives no answers \(", r"answers again after \d+\.\d s"
-SILENCE = LOST + r"none for \d+ s"
+LOST, BACK = r"is not responding \(", r"is responding again after \d+\.\d s"
+SILENCE = LOST + r"no response for \d+ s"
 CAMERA_LOST, CAMERA_BACK = "the camera is lost", "the camera is back after"
 FAULTS = {
     "workers killed": Fault(workers_killed, 7),

@@ -16,23 +16,23 @@ from PIL import Image
 
 from tests.support.in_process import Model
 
-# Pillow's decoders are fast to fuzz with small pictures, which ImageNet's preprocessing enlarges.
-PICTURE = Image.linear_gradient("L").resize((48, 40)).convert("RGB")
+# Pillow's decoders are fast to fuzz with small images, which ImageNet's preprocessing enlarges.
+IMAGE = Image.linear_gradient("L").resize((48, 40)).convert("RGB")
 
 
 def seeds() -> list[bytes]:
     """Return a small file of each format that the handler takes, and of some that it doesn't."""
     options: dict[str, dict[str, Any]] = {
-        "JPEG": {}, "PNG": {}, "WEBP": {}, "BMP": {}, "GIF": {"save_all": True, "append_images": [PICTURE.rotate(90)]},
+        "JPEG": {}, "PNG": {}, "WEBP": {}, "BMP": {}, "GIF": {"save_all": True, "append_images": [IMAGE.rotate(90)]},
         "TIFF": {}, "PPM": {}, "ICO": {}, "PDF": {}, "EPS": {},
     }  # fmt: skip
     files = []
     for kind, keywords in options.items():
         with io.BytesIO() as file:
-            PICTURE.save(file, kind, **keywords)
+            IMAGE.save(file, kind, **keywords)
             files.append(file.getvalue())
     with io.BytesIO() as file:
-        PICTURE.save(
+        IMAGE.save(
             file, "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
         )
         files.append(file.getvalue())
@@ -86,7 +86,7 @@ class Subject:
 
 
 def assert_harmless(reason: str) -> None:
-    """A reason tells what is wrong with the body, and nothing of the server."""
+    """A reason says what is wrong with the body, and reveals nothing of the server."""
     assert reason
     assert len(reason) < 300
     for leak in (" at 0x", "Traceback", "site-packages", ".py", "\n", "/"):

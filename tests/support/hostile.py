@@ -1,4 +1,4 @@
-"""Bodies that a server of images meets sooner or later, or that somebody builds to harm it."""
+"""Bodies that are broken, or made to harm a server of images."""
 
 import json
 import struct
@@ -15,7 +15,7 @@ CAT = Image.fromarray(skimage.data.chelsea())
 
 
 def many_scans(size: int, scans: int) -> bytes:
-    """Return a progressive JPEG that goes over its picture so many times more; 60 bytes each."""
+    """Return a progressive JPEG with so many additional scans of its image; 60 bytes each."""
     image = encoded(Image.new("L", (size, size)), "JPEG", progressive=True)
     last = image[image.rindex(b"\xff\xda") : -2]
     return image[:-2] + scans * last + image[-2:]

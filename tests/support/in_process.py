@@ -48,11 +48,11 @@ class Model:
             self.handler.initialize(self.context)
 
     def answers(self, bodies: Sequence[Any], headers: Mapping[str, str] = HTTP) -> list[Any]:
-        """Return the answer to each request's body, as TorchServe would get it; statuses are in the context."""
+        """Return the response to each request's body, as TorchServe would get it; statuses are in the context."""
         self.context.request_processor = [RequestProcessor(dict(headers)) for _ in bodies]
         return self.handler.handle([{"body": body} for body in bodies], self.context)
 
     def statuses(self) -> list[int]:
-        """Return the HTTP statuses of the latest answers."""
+        """Return the HTTP statuses of the latest responses."""
         count = len(self.context.request_processor)
         return [self.context.get_response_status(index)[0] for index in range(count)]

@@ -13,23 +13,23 @@ Mode = Literal["streaming", "cut", "stalled", "mute", "garbage"]
 
 
 class MjpegCamera(http.server.ThreadingHTTPServer):
-    """Streams `pictures`, JPEG-encoded, over and over, `fps` a second, to whoever connects.
+    """Streams JPEG frames, over and over, `fps` a second, to every client.
 
-    mode: "streaming"; "cut": streams end, and no new ones begin; "stalled": streams stay open without pictures;
-        "mute": connections are taken, and nothing is ever answered; "garbage": pictures are torn, or none at all.
+    mode: "streaming"; "cut": streams end, and no new ones begin; "stalled": streams stay open without frames;
+        "mute": connections are accepted, and nothing is sent; "garbage": frames are cut off, or are no JPEG at all.
     """
 
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, pictures: Sequence[bytes], fps: float, port: int) -> None:
+    def __init__(self, frames: Sequence[bytes], fps: float, port: int) -> None:
         super().__init__(("127.0.0.1", port), MjpegHandler)
-        self.pictures = pictures
+        self.frames = frames
         self.fps = fps
         self.mode: Mode = "streaming"
         self.url = f"http://127.0.0.1:{port}/live"
-        self.asked = 0  # for a stream, so far
-        self.streams = 0  # begun so far
+        self.asked = 0  # requests for a stream so far
+        self.streams = 0  # streams begun so far
         self.closing = threading.Event()
 
     def handle_error(self, *_: Any) -> None:
@@ -55,21 +55,21 @@ class MjpegHandler(http.server.BaseHTTPRequestHandler):
         while camera.mode in ("streaming", "stalled", "garbage") and not camera.closing.wait(1 / camera.fps):
             if camera.mode == "stalled":
                 continue
-            picture = camera.pictures[number % len(camera.pictures)]
+            frame = camera.frames[number % len(camera.frames)]
             number += 1
             if camera.mode == "garbage":
-                picture = [picture[: len(picture) // 3], os.urandom(5000), b"", b"busy"][number % 4]
+                frame = [frame[: len(frame) // 3], os.urandom(5000), b"", b"busy"][number % 4]
             self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\n")
-            self.wfile.write(b"Content-Length: %d\r\n\r\n%b\r\n" % (len(picture), picture))
+            self.wfile.write(b"Content-Length: %d\r\n\r\n%b\r\n" % (len(frame), frame))
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 @contextmanager
-def mjpeg_camera(pictures: Sequence[bytes], fps: float = 25.0, port: int | None = None) -> Iterator[MjpegCamera]:
+def mjpeg_camera(frames: Sequence[bytes], fps: float = 25.0, port: int | None = None) -> Iterator[MjpegCamera]:
     """Run a camera until the block ends."""
-    with MjpegCamera(pictures, fps, port or free_ports(1)[0]) as camera:
+    with MjpegCamera(frames, fps, port or free_ports(1)[0]) as camera:
         thread = threading.Thread(target=camera.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

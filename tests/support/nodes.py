@@ -1,4 +1,4 @@
-"""Requests to a TorchServe node, as a client of it sends them."""
+"""Requests to a TorchServe node, as any client sends them."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +10,13 @@ import requests
 
 from demo.node import Node
 
-BATCH_HEADER = "X-Forward-Batch-Size"  # of every response: how many frames shared the forward pass
+BATCH_HEADER = "X-Forward-Batch-Size"  # of every response: the number of frames in the forward pass
 TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
 class Post:
-    """A request. body: bytes as they are sent, or what is sent as JSON. path: what the node is asked for."""
+    """A request. body: bytes as they are sent, or a dict that is sent as JSON. path: the API, before the model."""
 
     body: bytes | dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class Post:
 
 
 def post(node: Node, model: str, body: bytes | dict[str, Any], **headers: str) -> requests.Response:
-    """Ask a node for predictions, with its token."""
+    """Send a frame or a JSON batch to a node, with its token."""
     return send(node, model, Post(body, headers))
 
 
@@ -56,6 +56,6 @@ def workers(node: Node, model: str) -> dict[int, psutil.Process]:
 
 
 def rotate_token(node: Node) -> None:
-    """Have TorchServe write a new inference token into its key file; the old one is refused from then on."""
+    """Have TorchServe write a new inference token into its key file; the old one is rejected from then on."""
     headers = {"Authorization": f"Bearer {node.token('API')}"}
     requests.get(f"{node.management_url}/token?type=inference", headers=headers, timeout=TIMEOUT_S).raise_for_status()

@@ -20,8 +20,6 @@ INSTALL = {
     "prometheus": "apt-get install prometheus",
     "promtool": "apt-get install prometheus",
     "unshare": "apt-get install util-linux (and Linux namespaces must be permitted)",
-    "xdotool": "apt-get install xdotool",
-    "Xvfb": "apt-get install xvfb",
 }
 # For commands that mount, or use ports and files which a user's own programs may be using: a network, processes and
 # mounts of their own, which end with the first of them.

@@ -1,9 +1,9 @@
-"""Results of frames, as the unit tests of what counts and shows them need them."""
+"""Results of frames, for the unit tests of what counts, prints and writes them."""
 
 import numpy as np
 
-from edge.cameras import Camera, Frame
-from edge.stats import Result
+from edge.cameras import Camera
+from edge.frames import Frame, Result
 from tests.support.frames import CLIP, jpeg
 
 FILE = Camera(str(CLIP))
@@ -12,6 +12,11 @@ CAT = {"cat": 0.75, "dog": 0.25}
 
 
 def result(number: int, camera: Camera = FILE, at: float = 0.0, shade: int = 128) -> Result:
-    """Return an answered frame, of an even shade of grey."""
+    """Return the result of an answered frame, whose image is an even shade of grey."""
     image = jpeg(np.full((48, 64, 3), shade, np.uint8))
-    return Result(Frame(camera, number, at, image), "answered", CAT, latency_s=0.1, shared_by=4)
+    return Result(Frame(camera, number, at, image), "answered", CAT, latency_s=0.1, batch_size=4)
+
+
+def dropped(number: int, camera: Camera = FILE, at: float = 0.0) -> Result:
+    """Return the result of a frame that was dropped, which has no image."""
+    return Result.not_sent(Frame(camera, number, at, b"jpeg"), "dropped", "buffer full")

@@ -24,7 +24,7 @@ MODEL = "efficientnet-lite0"
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    """Wait for a condition. The timeout is there so that nothing hangs; it claims nothing about the machine's speed."""
+    """Wait for a condition. The timeout only keeps a test from hanging; it says nothing about the machine's speed."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not so within {timeout_s:g} s"
@@ -48,7 +48,7 @@ def run(
 
 @dataclass(frozen=True)
 class Output:
-    """One output of request.py: the line with the rate, and the answers under it."""
+    """One output of request.py: the line with the rate, and the predictions below it."""
 
     batch_size: int
     number: int
@@ -57,7 +57,7 @@ class Output:
 
 
 def outputs(stdout: str) -> list[Output]:
-    """Parse all that request.py printed on standard output; anything that isn't as in the README fails."""
+    """Parse all that request.py printed on standard output. Fails for anything that the README does not describe."""
     found = []
     decoder = json.JSONDecoder()
     while stdout:
@@ -74,8 +74,8 @@ def outputs(stdout: str) -> list[Output]:
     return found
 
 
-def books(stderr: str) -> dict[str, dict[str, str]]:
-    """Return the table that request.py printed at its end: camera -> column -> cell, and check that it adds up."""
+def summary(stderr: str) -> dict[str, dict[str, str]]:
+    """Return the summary that request.py printed at its end: camera -> column -> cell; check that its counts add up."""
     lines = stderr.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("camera "))
     columns = re.split(r" {2,}", lines[start])
@@ -114,10 +114,10 @@ class Run:
         self.output = folder / "out.jsonl"
         self._errors = folder / "errors"
         self._results: list[dict[str, Any]] = []
-        self._position = 0  # in the output: what stands before it has been read
+        self._position = 0  # in the output: everything before it has been read
 
     def results(self) -> list[dict[str, Any]]:
-        """Return all lines of the output so far. Only new ones are read, so that it may be asked often."""
+        """Return all lines of the output so far. Each call reads only the new ones."""
         if self.output.exists():
             with self.output.open("rb") as file:
                 file.seek(self._position)
@@ -128,7 +128,7 @@ class Run:
         return self._results
 
     def answered(self, camera: str, since: float = 0.0) -> list[float]:
-        """Return when the answers to a camera's frames came that were captured since then, seconds since the epoch."""
+        """Return when the frames of a camera were answered that were captured since then, seconds since the epoch."""
         found = []
         for line in self.results():
             if line["camera"] == camera and line["outcome"] == "answered":
@@ -149,21 +149,21 @@ class Run:
         return self._errors.read_text()
 
     def end(self, number: signal.Signals = signal.SIGINT) -> dict[str, dict[str, str]]:
-        """Interrupt it; return its books, which must be those of its JSON lines."""
+        """Interrupt it; return its summary, whose counts must be those of its JSON lines."""
         self.process.send_signal(number)
         assert self.process.wait(timeout=120) == 130, self.stderr()
-        found = books(self.stderr())
+        found = summary(self.stderr())
         assert self.output.read_bytes()[-1:] in (b"", b"\n")
         lines = json_lines(self.output)
-        for camera, book in found.items():
+        for camera, row in found.items():
             for outcome in ("answered", "failed", "dropped", "expired"):
                 count = len([line for line in lines if line["camera"] == camera and line["outcome"] == outcome])
-                assert count == int(book[outcome])
+                assert count == int(row[outcome])
         return found
 
 
 class Server(Protocol):
-    """What request.py streams to."""
+    """A server that request.py streams to."""
 
     @property
     def url(self) -> str: ...
@@ -173,7 +173,7 @@ class Server(Protocol):
 def running(
     node: Server, folder: Path, *arguments: str | Path, environment: dict[str, str] | None = None
 ) -> Iterator[Run]:
-    """Run request.py until the block ends. Arguments that are given win over those that it gets anyway."""
+    """Run request.py until the block ends. The arguments given override the default ones."""
     command = [sys.executable, str(PROJECT / "request.py"), "--url", node.url, "--quiet"]
     command += ["--jsonl", str(folder / "out.jsonl")]
     if isinstance(node, Node):

@@ -20,9 +20,9 @@ POLL_S = 0.1
 class TcpProxy:
     """Passes connections on to a port of 127.0.0.1.
 
-    mode: "latency": answers come later; "trickle": answers come a few bytes at a time; "reset": answers are cut off in
-        the middle by a reset; "blackhole": connections are taken, and what is sent over them, or over those that were
-        there before, is lost without a word, and they stay so afterwards.
+    mode: "latency": responses are delayed; "trickle": responses arrive a few bytes at a time; "reset": responses are
+        cut off in the middle by a reset; "blackhole": connections are accepted, and all bytes that are sent over them,
+        or over older ones, are lost without an error. Such a connection stays lost after that.
     """
 
     def __init__(self, target: int) -> None:
@@ -35,7 +35,7 @@ class TcpProxy:
         self._listener.settimeout(POLL_S)
 
     def serve(self) -> None:
-        """Take connections until close(), each in threads of its own, which end with the connection."""
+        """Accept connections until close(), each in threads of its own, which end with the connection."""
         with self._listener:
             while not self._closing.is_set():
                 with suppress(TimeoutError):
@@ -55,15 +55,15 @@ class TcpProxy:
             client.close()
             return
         server.settimeout(None)
-        answers = threading.Thread(target=self._pass, args=[server, client, True, is_lost], daemon=True)
-        answers.start()
+        responses = threading.Thread(target=self._pass, args=[server, client, True, is_lost], daemon=True)
+        responses.start()
         self._pass(client, server, False, is_lost)
-        answers.join()
+        responses.join()
         for end in (client, server):
             end.close()
 
-    def _pass(self, source: socket.socket, sink: socket.socket, is_answer: bool, is_lost: threading.Event) -> None:
-        """Pass on what comes, with the fault of the moment, until one side closes."""
+    def _pass(self, source: socket.socket, sink: socket.socket, is_response: bool, is_lost: threading.Event) -> None:
+        """Pass on bytes, with the current fault, until one side closes."""
         with suppress(OSError, ValueError):  # ValueError: the other thread has closed it.
             while not self._closing.is_set():
                 if not select.select([source], [], [], POLL_S)[0]:
@@ -75,12 +75,12 @@ class TcpProxy:
                     is_lost.set()
                 if is_lost.is_set():
                     continue
-                if is_answer and self.mode == "latency":
+                if is_response and self.mode == "latency":
                     self._closing.wait(LATENCY_S)
-                while is_answer and self.mode == "trickle" and data and not self._closing.wait(TRICKLE_S):
+                while is_response and self.mode == "trickle" and data and not self._closing.wait(TRICKLE_S):
                     sink.sendall(data[:TRICKLE_BYTES])
                     data = data[TRICKLE_BYTES:]
-                if is_answer and self.mode == "reset":
+                if is_response and self.mode == "reset":
                     sink.sendall(data[: len(data) // 2])
                     sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     sink.close()

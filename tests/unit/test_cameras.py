@@ -10,8 +10,13 @@ import cv2
 import numpy as np
 import pytest
 
-from edge.cameras import Camera, Frame, SourceError, redact
+from edge.cameras import Camera, redact
+from edge.errors import SourceError
+from edge.frames import Frame
+from edge.timing import Timing
 from tests.support.frames import CLIP, Pixels, frames_of, jpeg
+
+SHORT_PAUSES = Timing(first_reconnect_s=0.01)
 
 
 def size(frame: Frame) -> tuple[int, int]:
@@ -58,7 +63,6 @@ class Capture:
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
     monkeypatch.setattr("cv2.VideoCapture", Capture)
-    monkeypatch.setattr("edge.cameras.FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(Capture, "opened", 0)
     return Capture
 
@@ -67,7 +71,7 @@ def test_device_that_stops_is_opened_again(
     capture: type[Capture], stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        frames = Camera("7").frames(stop)
+        frames = Camera("7", timing=SHORT_PAUSES).frames(stop)
         assert [next(frames).number for _ in range(7)] == list(range(1, 8))
     assert capture.opened == 1
     stop.set()
@@ -79,13 +83,13 @@ def test_device_that_stops_is_opened_again(
     ] * 2
 
 
-def test_device_without_frames_is_told_once_and_tried_again(
+def test_device_without_frames_is_reported_once_and_opened_again(
     capture: type[Capture], monkeypatch: pytest.MonkeyPatch, stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
     attempts = threading.Semaphore(0)
     monkeypatch.setattr(capture, "frames", 0)
     monkeypatch.setattr(capture, "grab", lambda _: attempts.release() is not None)  # type: ignore[func-returns-value]
-    thread = threading.Thread(target=lambda: list(Camera("7").frames(stop)))
+    thread = threading.Thread(target=lambda: list(Camera("7", timing=SHORT_PAUSES).frames(stop)))
     thread.start()
     assert all(attempts.acquire(timeout=20) for _ in range(4))
     stop.set()
@@ -96,7 +100,7 @@ def test_device_without_frames_is_told_once_and_tried_again(
 
 
 class Pauses(threading.Event):
-    """Notes how long it was waited, without waiting, and is set after 8 times."""
+    """Records the timeouts of wait() without waiting, and is set after 8 of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,10 +115,10 @@ class Pauses(threading.Event):
 
 def test_pauses_between_attempts_grow_up_to_a_limit(capture: type[Capture], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "frames", 0)
-    monkeypatch.setattr("edge.cameras.FIRST_PAUSE_S", 0.5)
     monkeypatch.setattr("random.uniform", lambda _, high: high)
     stop = Pauses()
-    assert list(Camera("7").frames(stop)) == []
+    timing = Timing(first_reconnect_s=0.5, max_reconnect_s=3.0)
+    assert list(Camera("7", timing=timing).frames(stop)) == []
     assert stop.seconds == [0.5, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0]
 
 
@@ -126,7 +130,7 @@ def test_file_without_frames_is_an_error(capture: type[Capture], monkeypatch: py
 
 
 @pytest.mark.parametrize("fps", [0.0, -1.0, float("nan"), float("inf")])
-def test_file_that_does_not_tell_its_rate_plays_at_25(
+def test_file_without_a_frame_rate_plays_at_25(
     capture: type[Capture], monkeypatch: pytest.MonkeyPatch, fps: float
 ) -> None:
     monkeypatch.setattr(capture, "fps", fps)

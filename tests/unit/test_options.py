@@ -1,8 +1,11 @@
-"""The command lines: what is refused, and that every flag is in the README."""
+"""The command lines: wrong usage, the types and defaults of the flags, and that the README has all of them."""
 
+import math
 import re
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,18 +31,25 @@ def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str
     [
         (["--batch-size", "0"], "expected a whole number from 1"),
         (["--server-wait", "-1"], "expected seconds, got '-1'"),
+        (["--server-wait", "inf"], "expected seconds, got 'inf'"),
         (["--log-every", "x"], "expected a whole number from 1"),
         (["--url", "127.0.0.1:8080"], "expected http://host:port"),
         (["--url", "http://user:password@127.0.0.1:8080"], "without user or password"),
         (["--url", "http://127.0.0.1:99999"], "expected http://host:port"),
         (["--management-url", "http://10.0.0.1:8081"], "expected an address on the host of --url, 127.0.0.1"),
+        (["--fps", "0"], "expected frames a second from 0.001, or max, got '0'"),
         (["--fps", "abc"], "expected frames a second from 0.001, or max, got 'abc'"),
         (["--max-age", "0"], "expected milliseconds from 1, got '0'"),
+        (["--max-age", "nan"], "expected milliseconds from 1, got 'nan'"),
         (["--jpeg-quality", "101"], "expected 1 to 100"),
         (["--drop", "some"], "invalid choice: 'some'"),
         (["--input", "rstp://admin:hunter2@cam/live"], "got 'rstp://cam/live'"),
         (["--input", ""], "expected a file, a device, or an address"),
-        (["--save-video", "out.gif"], "expected a name that ends in .mp4, .mkv, .avi"),
+        (
+            ["--save-video", "out.gif"],
+            "argument --save-video: expected a name that ends in .mp4, .mkv, .avi, got 'out.gif'",
+        ),
+        (["--save-video", "mp4"], "argument --save-video: expected a name that ends in"),
         (["--save-video", "a.mkv", "--jsonl", "./a.mkv"], "a.mkv is an input or another output too"),
         (["--input", "1", "--input", "2", "--save-video", "a.mkv", "--jsonl", "a-2.mkv"], "another output too"),
         (["--metrics-port", "70000"], "expected a port or ADDRESS:PORT, got '70000'"),
@@ -69,6 +79,85 @@ def test_output_never_overwrites_an_input(
         error = usage_error(["--input", str(video), flag, output], capsys)
         assert "is an input or another output too" in error
     assert video.read_bytes() == CLIP.read_bytes()
+
+
+def test_defaults() -> None:
+    assert options.parse_args([]) == options.Options(
+        client_batching=False,
+        batch_size=4,
+        input=[str(CLIP)],
+        loop=False,
+        fps=None,
+        drop=None,
+        max_age_s=math.inf,
+        resize=None,
+        jpeg_quality=95,
+        require_cameras=False,
+        url="http://127.0.0.1:8080",
+        model="resnet-18",
+        token_file=None,
+        management_url="http://127.0.0.1:8081",
+        server_wait_s=30.0,
+        max_in_flight=16,
+        check=False,
+        log_every=20,
+        quiet=False,
+        jsonl=None,
+        save_video=None,
+        metrics_port=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--max-age", "300"], "max_age_s", 0.3),
+        (["--fps", "5"], "fps", 5.0),
+        (["--fps", "max"], "fps", math.inf),
+        (["--server-wait", "0"], "server_wait_s", 0.0),
+        (["--batch_size", "10"], "batch_size", 10),
+        (["--batch-size", "10"], "batch_size", 10),
+        (["--input", "0", "--input", "rtsp://cam/live"], "input", ["0", "rtsp://cam/live"]),
+        (["--drop", "newest"], "drop", "newest"),
+        (["--resize", "256"], "resize", 256),
+        (["--jpeg-quality", "80"], "jpeg_quality", 80),
+        (["--url", "https://server/"], "url", "https://server"),
+        (["--token-file", "keys/key_file.json"], "token_file", Path("keys/key_file.json")),
+        (["--save-video", "out.MP4"], "save_video", Path("out.MP4")),
+        (["--jsonl", "-"], "jsonl", "-"),
+        (["--metrics-port", "9000"], "metrics_port", ("127.0.0.1", 9000)),
+        (["--metrics-port", "0.0.0.0:9000"], "metrics_port", ("0.0.0.0", 9000)),
+        (["--metrics-port", "[::1]:9000"], "metrics_port", ("::1", 9000)),
+        # As many frames in flight in both ways of batching, unless a number of requests is given.
+        (["--batch-size", "10"], "max_in_flight", 40),
+        (["--batch-size", "10", "--client-batching"], "max_in_flight", 4),
+        (["--batch-size", "10", "--client-batching", "--max-in-flight", "2"], "max_in_flight", 2),
+        (["--batch-size", "10"], "frames_per_request", 1),
+        (["--batch-size", "10", "--client-batching"], "frames_per_request", 10),
+        # The API key is sent only to the host that gets the token as well.
+        (["--url", "http://localhost:8080"], "management_url", "http://127.0.0.1:8081"),
+        (["--url", "http://10.0.0.1:8080"], "management_url", None),
+        (["--url", "http://a:1", "--management-url", "https://a:2"], "management_url", "https://a:2"),
+        (["--jsonl", "-"], "video_paths", []),
+        (["--save-video", "a/out.mp4"], "video_paths", [Path("a/out.mp4")]),
+        (
+            ["--save-video", "a/out.v2.mp4", "--input", "0", "--input", "1"],
+            "video_paths",
+            [Path("a/out.v2-1.mp4"), Path("a/out.v2-2.mp4")],
+        ),
+    ],
+)
+def test_values_of_flags(flags: list[str], name: str, value: Any) -> None:
+    found = getattr(options.parse_args(flags), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_options_cannot_be_changed() -> None:
+    parsed = options.parse_args([])
+    for field in fields(parsed):
+        with pytest.raises(FrozenInstanceError):
+            setattr(parsed, field.name, None)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""README.md and deploy/README.md: the commands that users know, and figures that are those of the benchmark."""
+"""README.md and deploy/README.md: the commands that users know, and the figures of the benchmark."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from demo.node import PROJECT
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 HERE = "examples/image_classifier/near_real_time_video"
 
-# What users type who learned it elsewhere; none of it may change.
+# Users of the original example know these commands: none of them may change.
 COMMANDS_THAT_STAY = [
     f"python {HERE}/create_mar_file.py",
     "torchserve --start --model-store model_store --models resnet-18=resnet-18.mar "
@@ -29,7 +29,7 @@ def test_commands_that_stay_are_there_word_for_word() -> None:
     assert [command for command in COMMANDS_THAT_STAY if command not in lines] == []
 
 
-def test_the_planning_table_is_reckoned_from_the_benchmark() -> None:
+def test_the_planning_table_is_computed_from_the_benchmark() -> None:
     results = json.loads((PROJECT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
     single = {
         server: median(each["server_ms"] for each in results["saturation"] if is_ours(each, server))
@@ -55,7 +55,7 @@ def is_ours(result: dict[str, Any], server: str) -> bool:
     return bool(result["server"] == server and result["kind"] == "single")
 
 
-def test_the_speed_that_the_readme_tells_is_the_measured_one() -> None:
+def test_the_speed_that_the_readme_states_is_the_measured_one() -> None:
     section = README.split("## How fast it is")[1]
     table = re.search(r"(?m)^\|.*\n(?:\|.*\n)+", section)
     assert table

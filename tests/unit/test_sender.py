@@ -1,49 +1,200 @@
-"""request.py's sender: which frames are sent, and what becomes of the others."""
+"""request.py: which frames are sent, which results the others get, and the order in which results are written."""
 
 import threading
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import pytest
 
-import request
-from edge.buffer import Buffer
-from edge.cameras import Camera, Frame
-from edge.client import TorchServe
-from edge.stats import Result
+from edge.cameras import Camera
+from edge.client import TorchServeClient
+from edge.errors import SourceError
+from edge.frames import Frame, Result
+from edge.options import parse_args
+from edge.outputs import Output, Outputs
+from edge.session import ServerHealth
+from edge.timing import Timing
+from request import Pipeline
 
-CAMERA = Camera("0")
-NOW, MAX_AGE_S = 100.0, 0.3
+NOW = 100.0
+AGES_S = (0.5, 0.31, 0.3, 0.29, 0.0, 0.31)
 
 
-class Server:
-    """Takes frames, and remembers their numbers."""
+class AgedFrames(Camera):
+    """A camera whose frames have been read some time ago."""
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:  # noqa: ARG002
+        for number, age_s in enumerate(AGES_S, start=1):
+            yield Frame(self, number, NOW - age_s, b"jpeg")
+
+
+class Client:
+    """Stands in for TorchServeClient: remembers the numbers of the frames of each request."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.requests: list[list[int]] = []
+        self.is_drained = False
+        self.error: Exception | None = None
 
-    def wait_for_room(self) -> None:
-        pass
+    def wait_for_slot(self) -> None:
+        if self.error:
+            raise self.error
 
-    def ask(self, frames: list[Frame], _: object) -> None:
-        self.asked += [frame.number for frame in frames]
+    def submit(self, frames: list[Frame], _: Callable[[Result], None]) -> None:
+        assert all(frame.jpeg for frame in frames)
+        self.requests.append([frame.number for frame in frames])
 
-    def finish(self) -> None:
-        pass
+    def drain(self) -> None:
+        self.is_drained = True
 
 
-@pytest.mark.parametrize("per_request", [1, 3])
+def send(client: Client, stop: threading.Event, *flags: str) -> list[tuple[int, str, str | None]]:
+    """Read and send the frames of AGES_S; return the number, outcome and error of those that were not sent."""
+    camera = AgedFrames("0")
+    options = parse_args(["--drop", "none", *flags])
+    pipeline = Pipeline([camera], cast(TorchServeClient, client), options, stop, Timing())
+    reader = threading.Thread(target=pipeline.read_frames, args=[camera])
+    reader.start()
+    try:
+        pipeline.send_frames()
+    finally:
+        stop.set()
+        reader.join(60)
+        assert not reader.is_alive()
+        results = [pipeline.results.get() for _ in range(pipeline.results.qsize())]
+    assert pipeline.stats[camera].captured == len(AGES_S)
+    assert all(isinstance(result, Result) and result.frame.jpeg == b"" for result in results)
+    return [(each.frame.number, each.outcome, each.error) for each in cast(list[Result], results)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "requests"),
+    [
+        ([], [[3], [4], [5]]),
+        (["--client-batching", "--batch_size", "3"], [[3], [4, 5]]),
+        (["--client-batching", "--batch_size", "6"], [[3, 4, 5]]),
+    ],
+    ids=["single frames", "JSON batches of 3", "JSON batches of 6"],
+)
 def test_a_frame_is_sent_unless_it_is_older_than_the_age_limit(
-    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, per_request: int
+    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, flags: list[str], requests: list[list[int]]
 ) -> None:
     monkeypatch.setattr("time.monotonic", lambda: NOW)
-    ages_s = [0.5, 0.31, 0.29, 0.0, 0.31]
-    buffer = Buffer(len(ages_s), {CAMERA: "none"}, stop)
-    for number, age_s in enumerate(ages_s, start=1):
-        buffer.put(Frame(CAMERA, number, NOW - age_s, b""))
-    buffer.close(CAMERA)
-    server, results = Server(), list[Result]()
-    request.send(buffer, cast(TorchServe, server), per_request, MAX_AGE_S, results.append, stop)
-    assert server.asked == [3, 4]
-    assert [(result.frame.number, result.outcome, result.error) for result in results] == [
-        (number, "expired", "older than 300 ms") for number in (1, 2, 5)
-    ]
+    client = Client()
+    not_sent = send(client, stop, "--max-age", "300.1", *flags)
+    assert client.requests == requests
+    assert not_sent == [(number, "expired", "older than 300.1 ms") for number in (1, 2, 6)]
+    assert client.is_drained
+
+
+def test_without_an_age_limit_every_frame_is_sent(monkeypatch: pytest.MonkeyPatch, stop: threading.Event) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: NOW)
+    client = Client()
+    assert send(client, stop) == []
+    assert client.requests == [[1], [2], [3], [4], [5], [6]]
+
+
+def test_after_stop_no_frame_is_sent_and_each_is_counted(stop: threading.Event) -> None:
+    stop.set()
+    client = Client()
+    assert sorted(send(client, stop)) == [(number, "dropped", "the run ended") for number in range(1, 7)]
+    assert client.requests == []
+    assert client.is_drained
+
+
+def test_frames_that_wait_when_the_run_is_stopped_are_not_sent(stop: threading.Event) -> None:
+    camera, client = AgedFrames("0"), Client()
+    pipeline = Pipeline([camera], cast(TorchServeClient, client), parse_args([]), stop, Timing())
+    for number in range(1, 5):
+        assert pipeline.buffer.put(Frame(camera, number, 0.0, b"jpeg")) is None
+    stop.set()
+    pipeline.send_frames()
+    results = [pipeline.results.get() for _ in range(pipeline.results.qsize())]
+    expected = [Result.not_sent(Frame(camera, number, 0.0, b""), "dropped", "the run ended") for number in range(1, 5)]
+    assert results == expected
+    assert client.requests == []
+
+
+def test_requests_in_flight_are_drained_when_the_sender_fails(stop: threading.Event) -> None:
+    client = Client()
+    client.error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        send(client, stop)
+    assert client.is_drained
+
+
+class UnorderedClient(Client):
+    """Responds to three requests at a time, the latest first, and to every tenth frame with an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.health = ServerHealth("http://server", Timing())
+        self.in_flight: list[tuple[Frame, Callable[[Result], None]]] = []
+
+    def submit(self, frames: list[Frame], on_result: Callable[[Result], None]) -> None:
+        self.in_flight += [(frame, on_result) for frame in frames]
+        if len(self.in_flight) >= 3:
+            self.drain()
+
+    def drain(self) -> None:
+        while self.in_flight:
+            frame, on_result = self.in_flight.pop()
+            is_error = frame.number % 10 == 0
+            on_result(Result.failed(frame, "503") if is_error else Result(frame, "answered", {"cat": 1.0}, None, 0.1))
+
+
+class ManyFrames(Camera):
+    """A camera of 200 frames."""
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:  # noqa: ARG002
+        for number in range(1, 201):
+            yield Frame(self, number, NOW, b"jpeg")
+
+
+class Missing(Camera):
+    """A file that can't be read."""
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:  # noqa: ARG002
+        raise SourceError("no such file")
+
+
+class Recorder(Output):
+    """Remembers the results."""
+
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+
+    def write(self, result: Result) -> None:
+        self.results.append(result)
+
+
+@pytest.mark.timeout(120)
+def test_results_are_written_once_and_in_frame_order_in_whatever_order_responses_arrive(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, stop: threading.Event
+) -> None:
+    """With 200 frames in a reorder window of 4, this also proves that results make room for other frames."""
+    cameras = [ManyFrames("a.mp4"), ManyFrames("b.mp4")]
+    options = parse_args(["--max-in-flight", "1"])
+    pipeline = Pipeline([*cameras], cast(TorchServeClient, UnorderedClient()), options, stop, Timing(batch_wait_s=0.01))
+    recorder = Recorder()
+    assert pipeline.run(Outputs([recorder], stop)) == 1  # Frames have failed.
+    for camera in cameras:
+        results = [result for result in recorder.results if result.frame.camera is camera]
+        assert [result.frame.number for result in results] == list(range(1, 201))
+        stats = pipeline.stats[camera]
+        assert (stats.captured, stats.outcomes) == (200, {"answered": 180, "failed": 20})
+    assert sorted(caplog.messages) == ["a.mp4: frame 10 failed: 503", "b.mp4: frame 10 failed: 503"]
+    assert capsys.readouterr().err.startswith("camera  captured  answered  failed")
+
+
+@pytest.mark.timeout(120)
+def test_a_source_that_cannot_be_read_ends_the_run_after_the_others(
+    capsys: pytest.CaptureFixture[str], stop: threading.Event
+) -> None:
+    cameras = [Missing("x.mp4"), ManyFrames("a.mp4")]
+    pipeline = Pipeline(cameras, cast(TorchServeClient, UnorderedClient()), parse_args([]), stop, Timing())
+    recorder = Recorder()
+    with pytest.raises(SourceError, match="no such file"):
+        pipeline.run(Outputs([recorder], stop))
+    assert [result.frame.number for result in recorder.results] == list(range(1, 201))
+    assert "a.mp4" in capsys.readouterr().err

@@ -1,14 +1,14 @@
-"""edge/stats.py: what is counted and measured of results."""
+"""edge/stats.py: counts, latencies and rates, and the summary."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.cameras import Frame
-from edge.stats import Books, Latencies, Rate, Result, table
+from edge.frames import Frame, Result
+from edge.stats import CameraStats, Latencies, Rate, summary
 from tests.support.frames import CLIP
-from tests.support.results import CAT, FILE, LIVE, result
+from tests.support.results import CAT, FILE, LIVE, dropped, result
 
 
 def test_percentiles_are_right_to_one_percent() -> None:
@@ -19,11 +19,11 @@ def test_percentiles_are_right_to_one_percent() -> None:
         latencies.add(value)
     for percent in (1, 50, 95, 99, 100):
         assert latencies.percentile(percent) == pytest.approx(percent / 100, rel=0.011)
-    assert latencies.longest_s == 1.0
+    assert latencies.max_s == 1.0
 
 
 @given(st.lists(st.floats(1e-4, 1e4), min_size=1), st.floats(0.1, 100))
-def test_percentiles_of_anything(values: list[float], percent: float) -> None:
+def test_percentiles_of_any_latencies(values: list[float], percent: float) -> None:
     latencies = Latencies()
     for value in values:
         latencies.add(value)
@@ -32,32 +32,64 @@ def test_percentiles_of_anything(values: list[float], percent: float) -> None:
     assert expected * 0.9999 <= found <= expected * 1.0101
 
 
-def test_books_add_up_and_do_not_grow() -> None:
-    book = Books()
+def test_counts_add_up_and_need_no_more_memory_with_time() -> None:
+    stats = CameraStats()
     for number in range(1, 1001):
-        book.captured += 1
+        stats.captured += 1
         frame = Frame(FILE, number, 0.1 * number, b"")
-        failed = Result(frame, "failed", error=f"400 picture {number}")
-        book.add(failed if number % 2 == 0 else result(number, at=frame.captured_at))
-    assert (book.outcomes["answered"], book.outcomes["failed"]) == (500, 500)
-    assert len(book.causes) <= 21
-    assert sum(book.causes.values()) == 500
-    assert book.fps() == pytest.approx(500 / (99.9 - 0.1 + 0.1))
-    shown = table({FILE: book, LIVE: Books()}).splitlines()
-    assert shown[1].split() == [str(CLIP), "1000", "500", "500", "0", "0", "5.0", "100", "100", "100", "100", "4.0"]
-    assert shown[2].split() == ["rtsp://cam/live?channel=1", "0", "0", "0", "0", "0", "0.0", "-", "-", "-", "-", "-"]
-    assert f"{CLIP}: 480 failed: other reasons" in shown
+        failed = Result.failed(frame, f"400 image {number}")
+        stats.record(failed if number % 2 == 0 else result(number, at=frame.captured_at))
+    assert (stats.outcomes["answered"], stats.outcomes["failed"]) == (500, 500)
+    assert len(stats.causes) <= 21
+    assert sum(stats.causes.values()) == 500
+    assert stats.fps() == pytest.approx(500 / (99.9 - 0.1 + 0.1))
+    lines = summary({FILE: stats, LIVE: CameraStats()}).splitlines()
+    assert lines[1].split() == [str(CLIP), "1000", "500", "500", "0", "0", "5.0", "100", "100", "100", "100", "4.0"]
+    assert lines[2].split() == ["rtsp://cam/live?channel=1", "0", "0", "0", "0", "0", "0.0", "-", "-", "-", "-", "-"]
+    assert f"{CLIP}: 480 failed: other reasons" in lines
 
 
-def test_frames_of_a_pass_count_as_one_pass() -> None:
-    book = Books()
-    for number, shared_by in enumerate((4, 4, 4, 4, 1, 1, 1, 1), start=1):
+def test_only_the_first_error_of_its_kind_is_new() -> None:
+    stats = CameraStats()
+    frame = Frame(FILE, 1, 0.0, b"")
+    assert [stats.record(Result.failed(frame, error)) for error in ("a", "a", "b", "a")] == [True, False, True, False]
+    assert not stats.record(result(2))
+    assert stats.record(Result.not_sent(frame, "dropped", "a"))
+    assert [stats.record(Result.failed(frame, f"400 image {n}")) for n in range(20)] == 18 * [True] + 2 * [False]
+
+
+def test_summary_has_a_line_for_each_camera_and_the_most_frequent_causes_first() -> None:
+    file, live = CameraStats(captured=5), CameraStats(captured=1)
+    for number, error in enumerate(("503 busy", "500 no worker", "503 busy"), start=1):
+        file.record(Result.failed(Frame(FILE, number, 0.0, b""), error))
+    file.record(result(4, at=0.4))
+    file.record(dropped(5))
+    live.record(Result.not_sent(Frame(LIVE, 1, 0.0, b""), "expired", "older than 300 ms"))
+    stats = {FILE: file, LIVE: live}
+    width = max(len(camera.name) for camera in stats)
+    assert summary(stats).splitlines() == [
+        "camera".ljust(width)
+        + "  captured  answered  failed  dropped  expired  FPS  p50 ms  p95 ms  p99 ms  max ms  batch",
+        FILE.name.ljust(width)
+        + "         5         1       3        1        0  2.0     100     100     100     100    4.0",
+        LIVE.name.ljust(width)
+        + "         1         0       0        0        1  0.0       -       -       -       -      -",
+        f"{FILE.name}: 2 failed: 503 busy",
+        f"{FILE.name}: 1 failed: 500 no worker",
+        f"{FILE.name}: 1 dropped: buffer full",
+        f"{LIVE.name}: 1 expired: older than 300 ms",
+    ]
+
+
+def test_frames_of_a_forward_pass_count_as_one_pass() -> None:
+    stats = CameraStats()
+    for number, batch_size in enumerate((4, 4, 4, 4, 1, 1, 1, 1), start=1):
         frame = Frame(FILE, number, 0.0, b"")
-        book.add(Result(frame, "answered", CAT, latency_s=0.1, shared_by=shared_by))
-    assert table({FILE: book}).splitlines()[1].split()[-1] == "1.6"  # 8 frames in 5 passes
+        stats.record(Result(frame, "answered", CAT, latency_s=0.1, batch_size=batch_size))
+    assert summary({FILE: stats}).splitlines()[1].split()[-1] == "1.6"  # 8 frames in 5 passes
 
 
-def test_rate_forgets() -> None:
+def test_rate_counts_the_last_10_seconds() -> None:
     rate = Rate()
     assert rate.fps(0.0) == 0.0
     for number in range(100):

@@ -1,0 +1,103 @@
+"""The inference token of TorchServe: every request carries it, and it may have to be renewed."""
+
+import json
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+
+import requests
+from requests.auth import AuthBase
+
+from edge.errors import ServerError
+from edge.timing import Timing
+
+log = logging.getLogger(__name__)
+
+
+class BearerToken(AuthBase):
+    """Adds the token to requests, and replaces it when the server rejects it.
+
+    It comes from `token_file` if given, else from the environment variable TORCHSERVE_TOKEN, else from the
+    key_file.json that TorchServe writes where it is started. Without any of them no token is sent.
+    """
+
+    def __init__(self, token_file: Path | None, management_url: str | None, timing: Timing) -> None:
+        self.source = ""
+        self._token_file = token_file
+        self._management_url = management_url
+        self._timing = timing
+        self._token = self._api_key = ""
+        self._lock = threading.Lock()
+
+    def load(self) -> None:
+        """Read the token. Raises ServerError if the file can't be read or holds no token."""
+        path, api_key = self._token_file or Path("key_file.json"), ""
+        if self._token_file is None and (token := os.environ.get("TORCHSERVE_TOKEN", "").strip()):
+            self.source = "TORCHSERVE_TOKEN"
+        elif self._token_file is None and not path.exists():
+            return
+        else:
+            self.source = str(path)
+            try:
+                keys = json.loads(path.read_text(encoding="utf-8"))
+                token = str(keys["inference"]["key"])
+                api_key = str(keys.get("API", {}).get("key", ""))
+            except OSError as error:
+                raise ServerError(f"can't read the token file {path}: {error.strerror}") from error
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ServerError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
+        # With other characters the HTTP library raises an error that shows the token.
+        if not re.fullmatch("[!-~]*", api_key) or not re.fullmatch("[!-~]+", token):
+            raise ServerError(f"{self.source} holds no token: expected printable ASCII without spaces")
+        self._token, self._api_key = token, api_key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._token:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+    def refresh(self, response: requests.Response) -> bool:
+        """Replace the token that a response rejects; return whether there is another one now.
+
+        The file is read again first: a restart of TorchServe writes a new token. If it holds the same one, that one has
+        expired, and TorchServe is asked at `management_url`, with the API key of the file, to write a new one.
+
+        Raises ServerError if the file can't be read, requests.RequestException if the renewal fails.
+        """
+        rejected = response.request.headers.get("Authorization")
+        with self._lock:
+            if not self._is_new(rejected):  # else another thread has replaced it
+                self.load()
+                if not self._is_new(rejected) and self._api_key and self._management_url:
+                    self._renew(self._management_url)
+                    self.load()
+                    if not self._is_new(rejected):
+                        self._management_url = None  # Each renewal makes the token of all other clients invalid.
+                        log.warning("TorchServe has a new token, but %s does not: is it a copy?", self.source)
+            return self._is_new(rejected)
+
+    def _is_new(self, rejected: str | None) -> bool:
+        return bool(self._token) and f"Bearer {self._token}" != rejected
+
+    def _renew(self, management_url: str) -> None:
+        """Have TorchServe write a new inference token into its key file. The old one becomes invalid at once."""
+        headers = {"Authorization": f"Bearer {self._api_key}"}
+        url, timeout_s = f"{management_url}/token?type=inference", self._timing.connect_s
+        with requests.Session() as session:
+            session.trust_env = False  # no proxy, and no password of ~/.netrc instead of the API key
+            session.get(url, headers=headers, timeout=timeout_s, allow_redirects=False).raise_for_status()
+
+    def rejection(self, url: str, response: requests.Response) -> ServerError:
+        """Return the error that explains a response which rejects the token, or requires one."""
+        problem = f"{url} rejects the token from {self.source}" if self.source else f"{url} requires a token"
+        if response.status_code == requests.codes.unauthorized:
+            advice = "set TORCHSERVE_TOKEN to a token of the proxy, without the word Bearer"
+        elif self.source:
+            advice = "it belongs to another server, or has expired (TorchServe's inference keys live for 60 minutes, "
+            advice += "unless token_expiration_min is set; a restart writes new ones into its key_file.json)"
+        else:
+            advice = "run this in the directory where TorchServe was started, whose key_file.json holds it, or pass "
+            advice += "--token-file FILE, or set TORCHSERVE_TOKEN"
+        return ServerError(f"{problem}: {advice}")

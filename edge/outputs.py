@@ -1,0 +1,176 @@
+"""Where results go: terminal, JSON lines, progress bar; edge/video.py writes annotated videos.
+
+To add an output, write a subclass of Output, and add it to open_outputs() in request.py.
+"""
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from tqdm import tqdm
+
+from edge.cameras import Camera
+from edge.errors import OutputError
+from edge.frames import Prediction, Result
+from edge.stats import Rate
+
+tqdm.set_lock(threading.RLock())  # tqdm's own lock is for several processes, and prints a warning on some systems.
+log = logging.getLogger(__name__)
+
+
+class Output:
+    """Gets every result, those of one camera in frame order, on the main thread. Messages call it `name`."""
+
+    name = ""
+
+    def write(self, result: Result) -> None:
+        """Write a result. Raises OSError if that fails."""
+
+    def poll(self) -> None:
+        """Called several times a second while there are no results."""
+
+    def close(self) -> None:
+        """Complete what was written; called once."""
+
+
+class Outputs:
+    """All outputs. One that fails is reported and removed, and has_failed is set; the others continue.
+
+    `stop` is set if the reader of an output has left, as with `| head`.
+    """
+
+    def __init__(self, outputs: Sequence[Output], stop: threading.Event) -> None:
+        self.has_failed = False
+        self._outputs, self._stop = list(outputs), stop
+
+    def write(self, result: Result) -> None:
+        self._call_each(lambda output: output.write(result))
+
+    def poll(self) -> None:
+        self._call_each(lambda output: output.poll())
+
+    def close(self) -> None:
+        self._call_each(lambda output: output.close())
+
+    def _call_each(self, method: Callable[[Output], None]) -> None:
+        for output in list(self._outputs):
+            try:
+                method(output)
+            except Exception as error:  # noqa: BLE001 - One output must not end the others.
+                self._outputs.remove(output)
+                self.has_failed = True
+                if isinstance(error, BrokenPipeError):
+                    self._stop.set()
+                else:
+                    log.error("%s fails, going on without it: %s: %s", output.name, type(error).__name__, error)
+
+
+class Terminal(Output):
+    """Prints, every `log_every` frames of a camera, its rate and its last `batch_size` predictions.
+
+    as_json: print the predictions as one list, as the server responds to a JSON batch.
+    show_names: print the camera's name above them.
+    """
+
+    name = "standard output"
+
+    def __init__(self, batch_size: int, as_json: bool, log_every: int, show_names: bool) -> None:
+        self._batch_size, self._as_json, self._show_names = batch_size, as_json, show_names
+        self._log_every = max(log_every, batch_size)  # so that no prediction is printed twice
+        self._rates: dict[Camera, Rate] = defaultdict(Rate)
+        self._unprinted: dict[Camera, deque[Prediction]] = defaultdict(lambda: deque(maxlen=batch_size))
+        self._numbers: dict[Camera, int] = {}
+
+    def write(self, result: Result) -> None:
+        camera = result.frame.camera
+        self._rates[camera].add(result, time.monotonic())
+        self._numbers[camera] = result.frame.number
+        if result.predictions is not None:
+            self._unprinted[camera].append(result.predictions)
+        if result.frame.number % self._log_every == 0:
+            self._print(camera)
+
+    def close(self) -> None:
+        for camera in self._numbers:
+            self._print(camera)
+
+    def _print(self, camera: Camera) -> None:
+        predictions = list(self._unprinted[camera])
+        if not predictions:
+            return
+        self._unprinted[camera].clear()
+        fps = self._rates[camera].fps(time.monotonic())
+        lines = [camera.name] if self._show_names else []
+        lines += [f"With Batch Size {self._batch_size}, FPS at frame number {self._numbers[camera]} is {fps:.1f}"]
+        lines += [json.dumps(block, indent=2) for block in ([predictions] if self._as_json else predictions)]
+        tqdm.write("\n".join(lines), file=sys.stdout)
+        sys.stdout.flush()
+
+
+class JsonLines(Output):
+    """Writes a JSON object for each frame, on a line of its own. Raises OutputError if the file can't be opened."""
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self._is_stdout = path == "-"
+        try:
+            # Line by line: whatever ends the run leaves whole lines.
+            self._file = sys.stdout if self._is_stdout else Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"can't write {path}: {error.strerror}") from error
+
+    def write(self, result: Result) -> None:
+        frame, latency_s = result.frame, result.latency_s
+        # The wall clock may be set at any time: read it now, and subtract the frame's age.
+        captured_at = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - frame.captured_at)
+        fields = {
+            "camera": frame.camera.name,
+            "frame": frame.number,
+            "captured_at": captured_at.isoformat(timespec="milliseconds"),
+            "latency_ms": None if latency_s is None else round(1000 * latency_s, 1),
+            "outcome": result.outcome,
+            "predictions": result.predictions,
+            "error": result.error,
+        }
+        if self._is_stdout:
+            tqdm.write(json.dumps(fields), file=self._file)
+            self._file.flush()
+        else:
+            self._file.write(json.dumps(fields) + "\n")
+
+    def close(self) -> None:
+        if not self._is_stdout:
+            self._file.close()
+
+
+class Progress(Output):
+    """A progress bar on standard error, for files, whose end is known."""
+
+    name = "the progress bar"
+
+    def __init__(self, cameras: list[Camera]) -> None:
+        counts = [camera.frame_count for camera in cameras]
+        self._bar = tqdm(total=sum(counts) if all(counts) else None, unit="frame", dynamic_ncols=True)
+        self._rate = Rate()
+        self._latency_s = 0.0
+
+    def write(self, result: Result) -> None:
+        self._rate.add(result, time.monotonic())
+        self._latency_s = result.latency_s or self._latency_s
+        self._bar.set_postfix_str(self._speed(), refresh=False)
+        self._bar.update()
+
+    def poll(self) -> None:
+        self._bar.set_postfix_str(self._speed())  # The rate falls while the server is down.
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _speed(self) -> str:
+        return f"{self._rate.fps(time.monotonic()):.1f} FPS, {1000 * self._latency_s:.0f} ms"

@@ -1,0 +1,131 @@
+"""What a response of the server means: the result of each frame, or a reason to retry."""
+
+import re
+import ssl
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import requests
+
+from edge.errors import ServerError
+from edge.frames import Frame, Result
+
+BATCH_HEADER = "X-Forward-Batch-Size"  # the number of frames in the forward pass; set by handler.py
+# The server is busy (503: its queue is full), lost a worker (500, 507), or a proxy can't reach it.
+TRANSIENT = frozenset({429, 500, 502, 503, 504, 507})
+TOO_LARGE = "413 the request is larger than the server accepts: use a smaller --batch_size or --resize"
+MAX_ERROR_CHARACTERS = 300
+
+
+def parse_response(response: requests.Response, frames: Sequence[Frame], is_json: bool) -> list[Result]:
+    """Return one result for each frame, in the order sent, whatever the response is."""
+    received_at = time.monotonic()
+    body = json_body(response)
+    predictions = body if is_json else [body]
+    error = None
+    if response.status_code == requests.codes.request_entity_too_large:
+        error = TOO_LARGE
+    elif response.status_code != requests.codes.ok:
+        error = reason(response)
+    elif body is None:
+        error = "the response is not JSON"
+    elif not isinstance(predictions, list) or len(predictions) != len(frames):
+        error = f"unexpected response: expected {len(frames)} predictions"
+    if error:
+        return [Result.failed(frame, error) for frame in frames]
+    header = response.headers.get(BATCH_HEADER, "")
+    batch_size = int(header) if re.fullmatch(r"[1-9][0-9]{0,8}", header) else None
+    return [
+        Result(frame, "answered", prediction, None, received_at - frame.captured_at, batch_size)
+        if is_prediction(prediction)
+        else Result.failed(frame, frame_error(prediction))
+        for frame, prediction in zip(frames, predictions, strict=True)
+    ]
+
+
+def is_prediction(value: Any) -> bool:
+    """Whether a value is a dict label -> probability, of numbers that a float can hold (1e999 is valid JSON)."""
+    numbers = list(value.values()) if isinstance(value, dict) else []
+    return bool(numbers) and all(isinstance(n, float | int) and abs(n) <= sys.float_info.max for n in numbers)
+
+
+def frame_error(value: Any) -> str:
+    """Return why a frame of a JSON batch has no prediction: the server writes {"error": text} in its place."""
+    text = value.get("error") if isinstance(value, dict) else None
+    return one_line(text) if isinstance(text, str) else "unexpected response: expected label -> probability"
+
+
+def json_body(response: requests.Response) -> Any:
+    """Return the parsed body, None if it is not JSON."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
+def error_fields(response: requests.Response) -> dict[str, Any]:
+    """Return the JSON object of an error response, {} if there is none. TorchServe's has code, type and message."""
+    body = None if response.ok else json_body(response)
+    return body if isinstance(body, dict) else {}
+
+
+def reason(response: requests.Response | None, error: BaseException | None = None) -> str:
+    """Return in one line why an attempt failed: an error, or an error response."""
+    if response is None or error is not None:
+        return root_cause(error) if error else "no response"
+    fields = error_fields(response)
+    return f"{response.status_code} " + one_line(str(fields.get("error") or fields.get("message") or response.reason))
+
+
+def one_line(text: str) -> str:
+    """Return text of a server so that it can be shown on a terminal."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())[:MAX_ERROR_CHARACTERS]
+
+
+def is_auth_error(response: requests.Response) -> bool:
+    """Whether TorchServe, or a proxy in front of it, rejects the token."""
+    return (
+        response.status_code == requests.codes.unauthorized
+        or error_fields(response).get("type") == "InvalidKeyException"
+    )
+
+
+def is_transient(response: requests.Response | None, error: BaseException | None) -> bool:
+    """Whether the same request may succeed later. Only this function decides that."""
+    if response is not None:
+        return response.status_code in TRANSIENT
+    transient = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    return isinstance(error, transient) and not is_permanent(error)
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether a connection fails for good: a certificate that is not trusted, or no TLS at all."""
+    closed = ssl.SSLEOFError | ssl.SSLZeroReturnError
+    return any(isinstance(cause, ssl.SSLError) and not isinstance(cause, closed) for cause in causes(error))
+
+
+def connection_error(url: str, error: requests.RequestException) -> ServerError:
+    """Return the error that explains why there is no response at all."""
+    cause = root_cause(error)
+    if is_permanent(error):
+        return ServerError(f"no trusted TLS connection to {url}: {cause} (REQUESTS_CA_BUNDLE names what to trust)")
+    if isinstance(error, requests.ConnectionError | requests.Timeout):
+        return ServerError(f"no server at {url} ({cause}): start TorchServe, or pass its address as --url")
+    return ServerError(f"can't use {url}: {cause}")
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the message of the innermost error."""
+    *_, cause = causes(error)
+    return one_line(str(cause)) or type(cause).__name__
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and its causes: requests wraps urllib3, which wraps the operating system."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        inner = [getattr(cause, "reason", None), cause.__cause__, cause.__context__, *cause.args]
+        cause = next((each for each in inner if isinstance(each, BaseException)), None)

@@ -1,0 +1,124 @@
+"""The HTTP session: one request with its token, its deadline and its retries, and whether the server responds."""
+
+import itertools
+import logging
+import math
+import threading
+import time
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+from edge.auth import BearerToken
+from edge.errors import ServerError
+from edge.responses import is_auth_error, is_transient, reason
+from edge.timing import Timing, backoff_s
+
+MAX_TOKENS = 5  # that one request tries without a pause
+CHUNK_BYTES = 65536
+
+log = logging.getLogger(__name__)
+
+
+class ServerHealth:
+    """Whether the server responds. Reported once when all requests have failed for report_after_s, and once after."""
+
+    def __init__(self, url: str, timing: Timing) -> None:
+        self.last_error = ""
+        self.is_down = False  # as it was reported
+        self._url = url
+        self._report_after_s = timing.report_after_s
+        self._failing_since: float | None = None
+        self._lock = threading.Lock()
+
+    def record_failure(self, reason: str) -> None:
+        with self._lock:
+            self.last_error = reason
+            self._failing_since = self._failing_since or time.monotonic()
+            if not self.is_down and self.down_for_s() >= self._report_after_s:
+                self.is_down = True
+                log.warning("%s is not responding (%s); retrying until it does", self._url, reason)
+
+    def record_success(self) -> None:
+        with self._lock:
+            if self.is_down:
+                log.warning("%s is responding again after %.1f s", self._url, self.down_for_s())
+            self._failing_since, self.is_down = None, False
+
+    def down_for_s(self) -> float:
+        """Return the seconds since the first failure after the last success, 0.0 if there was none."""
+        since = self._failing_since
+        return time.monotonic() - since if since else 0.0
+
+
+class RetrySession(requests.Session):
+    """A session whose requests are retried until their response is final or the deadline is over.
+
+    retry_timeout_s: how long after its first failure a request is retried.
+    retry_auth_errors: retry a rejected token that can't be replaced, too. A proxy may get to know a new token later
+        than this device; before the first frame a rejected token is an error of the user.
+    """
+
+    def __init__(
+        self, token: BearerToken, health: ServerHealth, connections: int, stop: threading.Event, timing: Timing
+    ) -> None:
+        super().__init__()
+        self.retry_timeout_s = 0.0
+        self.retry_auth_errors = False
+        self.auth = self._token = token
+        self._health = health
+        self._stop = stop
+        self._timing = timing
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
+
+    def request(self, method: str, url: str, **options: Any) -> requests.Response:  # type: ignore[override]
+        """Send a request, and retry it while that may help. Runs in a pool thread of FuturesSession.
+
+        Returns the last response. Raises requests.RequestException if the last attempt had none.
+        """
+        deadline, tokens = math.inf, 0
+        for attempt in itertools.count():
+            response, error = None, None
+            try:
+                response = self._send_once(method, url, **options)
+                if is_auth_error(response) and tokens < MAX_TOKENS and self._token.refresh(response):
+                    tokens += 1
+                    continue
+            except (requests.RequestException, ServerError) as caught:
+                error = caught
+            is_rejected = response is not None and is_auth_error(response)
+            if not (self.retry_auth_errors if is_rejected else is_transient(response, error)):
+                if response is not None and not is_rejected:
+                    self._health.record_success()
+                break
+            self._health.record_failure(reason(response, error))
+            deadline = min(deadline, time.monotonic() + self.retry_timeout_s)
+            pause_s = backoff_s(self._timing.first_backoff_s, self._timing.max_backoff_s, attempt)
+            if time.monotonic() >= deadline or self._stop.wait(pause_s):
+                break
+        if response is None:
+            assert error is not None
+            raise error
+        return response
+
+    def _send_once(self, method: str, url: str, timeout: tuple[float, float], **options: Any) -> requests.Response:
+        """Send a request. Its whole response has the connect and the read timeout to arrive.
+
+        The read timeout alone starts again with every byte, so a response in small pieces would never end.
+        """
+        deadline = time.monotonic() + sum(timeout)
+        body = bytearray()
+        options["allow_redirects"] = False  # A redirected POST would arrive as a GET without its frames.
+        with super().request(method, url, timeout=timeout, stream=True, **options) as response:
+            try:
+                while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
+                    body += chunk
+                    if time.monotonic() > deadline:
+                        raise requests.Timeout(f"the response timed out after {sum(timeout):.0f} s")
+            except urllib3.exceptions.HTTPError as error:
+                raise requests.ConnectionError(error) from error
+            response._content = bytes(body)
+        return response

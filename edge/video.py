@@ -1,0 +1,122 @@
+"""Annotated videos: the frames of a camera with their predictions drawn on them."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from edge.cameras import Camera
+from edge.errors import OutputError
+from edge.frames import Result
+from edge.options import VIDEO_CODECS
+from edge.outputs import Output
+
+MAX_STILL_S = 10.0  # One frame is repeated no longer than this, however long the camera was lost.
+MAX_LABELS = 3
+DISK_RESERVE = 10_000_000  # bytes that a video leaves free
+DISK_CHECK_FRAMES = 25
+
+
+def live_repeats(written: int, elapsed_s: float, fps: float) -> tuple[int, float]:
+    """Return how many frames of a live video are due, and the seconds that it leaves out.
+
+    The video plays as long as the camera ran: a frame captured `elapsed_s` seconds after the first one ends a video of
+    1 + elapsed_s * fps frames, of which `written` are there. It is left out if there are as many already. Gaps longer
+    than MAX_STILL_S are cut to that.
+    """
+    due = 1 + round(elapsed_s * fps) - written
+    most = 1 + round(MAX_STILL_S * fps)
+    return max(0, min(due, most)), max(0, due - most) / fps
+
+
+class Video(Output):
+    """Writes the annotated video of one camera, in the size of its first frame. Raises OutputError if it can't.
+
+    A file keeps its timing: frames that were not sent are replaced by the frame before them. A live source is written
+    at the rate that it states, see live_repeats().
+    """
+
+    def __init__(self, path: Path, camera: Camera) -> None:
+        try:
+            path.open("wb").close()
+        except OSError as error:
+            raise OutputError(f"can't write {path}: {error.strerror}") from error
+        self.name = str(path)
+        self._path, self._camera = path, camera
+        self._writer: cv2.VideoWriter | None = None
+        self._size = (0, 0)
+        self._last_image: Any = None
+        self._written = 0
+        self._fps = 0.0
+        self._start = 0.0  # of a live source: when its first frame was captured, plus the seconds left out
+
+    def write(self, result: Result) -> None:
+        frame, image = result.frame, self._last_image
+        if frame.camera is not self._camera:
+            return
+        if frame.jpeg:
+            image = annotate(result)
+            if self._writer is None:
+                self._start, self._fps = frame.captured_at, frame.camera.fps
+                self._open(image.shape[1], image.shape[0])
+            if image.shape[1::-1] != self._size:
+                image = cv2.resize(image, self._size)
+        if self._writer is None:
+            return  # no image yet
+        if frame.camera.is_live:
+            repeats, left_out_s = live_repeats(self._written, frame.captured_at - self._start, self._fps)
+            self._start += left_out_s
+        else:
+            repeats = frame.number - self._written
+        still = image if self._last_image is None else self._last_image
+        for each in [still] * (repeats - 1) + [image] * min(repeats, 1):
+            self._write_image(each)
+        self._last_image = image
+
+    def _open(self, width: int, height: int) -> None:
+        codec = cv2.VideoWriter.fourcc(*VIDEO_CODECS[self._path.suffix.lower()])
+        self._size = (width, height)
+        self._writer = cv2.VideoWriter(str(self._path), cv2.CAP_FFMPEG, codec, self._fps, self._size)
+        if not self._writer.isOpened():
+            raise OSError(f"OpenCV can't write {self._path}, {width} x {height} at {self._fps:g} frames a second")
+
+    def _write_image(self, image: Any) -> None:
+        # OpenCV does not report that it can't write: check before, while the end of the file still fits.
+        if self._written % DISK_CHECK_FRAMES == 0 and shutil.disk_usage(self._path.parent).free < DISK_RESERVE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        assert self._writer is not None
+        self._writer.write(image)
+        self._written += 1
+
+    def close(self) -> None:
+        """Complete the file. Raises OSError if it does not have all its frames."""
+        if self._writer is None:
+            self._path.unlink()  # Without a frame it would be no video.
+            return
+        self._writer.release()
+        found = cv2.VideoCapture(str(self._path)).get(cv2.CAP_PROP_FRAME_COUNT)
+        if found < 0.99 * self._written - 1:
+            raise OSError(f"{self._path} has not all of its {self._written} frames: is the disk full?")
+
+
+def annotate(result: Result) -> Any:
+    """Return a frame's image, (height, width, 3) uint8 BGR, with its most probable labels, or the error."""
+    image: Any = cv2.imdecode(np.frombuffer(result.frame.jpeg, np.uint8), cv2.IMREAD_COLOR)
+    if result.predictions is None:
+        lines = [f"{result.outcome}: {result.error}"]
+    else:
+        best = sorted(result.predictions.items(), key=lambda item: item[1], reverse=True)[:MAX_LABELS]
+        lines = [f"{label} {probability:.2f}" for label, probability in best]
+    scale = min(image.shape[:2]) / 480
+    for number, line in enumerate(lines):
+        (width, height), below = cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, 1)
+        left, top, gap = round(8 * scale), round((8 + 32 * number) * scale), round(4 * scale)
+        corner = (left + width + 2 * gap, top + height + below + 2 * gap)
+        cv2.rectangle(image, (left, top), corner, color=(0, 0, 0), thickness=cv2.FILLED)
+        origin = (left + gap, top + gap + height)
+        cv2.putText(image, line, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, (255, 255, 255), 1, cv2.LINE_AA)
+    return image
