@@ -8,16 +8,14 @@ import time
 from typing import Any
 
 import requests
-import urllib3
-from requests.adapters import HTTPAdapter
 
 from edge.auth import BearerToken
+from edge.deadline import DeadlineAdapter
 from edge.errors import ServerError
 from edge.responses import is_auth_error, is_transient, reason
 from edge.timing import Timing, backoff_s
 
 MAX_TOKENS = 5  # that one request tries without a pause
-CHUNK_BYTES = 65536
 
 log = logging.getLogger(__name__)
 
@@ -72,18 +70,19 @@ class RetrySession(requests.Session):
         self._stop = stop
         self._timing = timing
         for scheme in ("http://", "https://"):
-            self.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
+            self.mount(scheme, DeadlineAdapter(pool_connections=1, pool_maxsize=connections))
 
     def request(self, method: str, url: str, **options: Any) -> requests.Response:  # type: ignore[override]
         """Send a request, and retry it while that may help. Runs in a pool thread of FuturesSession.
 
         Returns the last response. Raises requests.RequestException if the last attempt had none.
         """
+        options["allow_redirects"] = False  # A redirected POST would arrive as a GET without its frames.
         deadline, tokens = math.inf, 0
         for attempt in itertools.count():
             response, error = None, None
             try:
-                response = self._send_once(method, url, **options)
+                response = super().request(method, url, **options)
                 if is_auth_error(response) and tokens < MAX_TOKENS and self._token.refresh(response):
                     tokens += 1
                     continue
@@ -102,23 +101,4 @@ class RetrySession(requests.Session):
         if response is None:
             assert error is not None
             raise error
-        return response
-
-    def _send_once(self, method: str, url: str, timeout: tuple[float, float], **options: Any) -> requests.Response:
-        """Send a request. Its whole response has the connect and the read timeout to arrive.
-
-        The read timeout alone starts again with every byte, so a response in small pieces would never end.
-        """
-        deadline = time.monotonic() + sum(timeout)
-        body = bytearray()
-        options["allow_redirects"] = False  # A redirected POST would arrive as a GET without its frames.
-        with super().request(method, url, timeout=timeout, stream=True, **options) as response:
-            try:
-                while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
-                    body += chunk
-                    if time.monotonic() > deadline:
-                        raise requests.Timeout(f"the response timed out after {sum(timeout):.0f} s")
-            except urllib3.exceptions.HTTPError as error:
-                raise requests.ConnectionError(error) from error
-            response._content = bytes(body)
         return response

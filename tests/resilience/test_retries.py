@@ -162,7 +162,7 @@ def test_stop_ends_the_retries(fake: FakeServer, stop: threading.Event) -> None:
         assert time.monotonic() - begin < 100, "of 300 s"
 
 
-@pytest.mark.parametrize("fake", ["silent", "trickle"], indirect=True)
+@pytest.mark.parametrize("fake", ["silent", "trickle", "headers trickle"], indirect=True)
 def test_response_that_never_completes_is_retried_until_the_deadline(fake: FakeServer, stop: threading.Event) -> None:
     """A trickle sends a byte every 0.2 s, so that the read timeout alone would never end it."""
     with new_client(fake.url, stop, FAST, server_wait_s=1.0) as client:
@@ -175,7 +175,7 @@ def test_response_that_never_completes_is_retried_until_the_deadline(fake: FakeS
         assert_all_answered(predict(client, *one_by_one(IMAGES)))
 
 
-@pytest.mark.parametrize("fake", ["trickle"], indirect=True)
+@pytest.mark.parametrize("fake", ["trickle", "headers trickle"], indirect=True)
 def test_responses_that_trickle_keep_no_thread(fake: FakeServer, stop: threading.Event) -> None:
     """In all threads of the pool at once: afterwards each of them works again."""
     with new_client(fake.url, stop, replace(FAST, min_response_s=1.5), server_wait_s=1.0) as client:

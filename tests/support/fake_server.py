@@ -110,6 +110,10 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
                 while not self.server.closing.wait(0.2):
                     self.wfile.write(b" ")
                 self.close_connection = True
+            case "headers trickle":
+                while not self.server.closing.wait(0.2):
+                    self.wfile.write(b"H")
+                self.close_connection = True
             case "chunked":
                 self.reply_in_chunks(good)
             case "chunks cut off":
