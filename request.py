@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -48,6 +49,7 @@ class Pipeline:
         self.client, self.options, self.stop, self.timing = client, options, stop, timing
         policies = {camera: options.drop or ("oldest" if camera.is_live else "none") for camera in cameras}
         window = REORDER_WINDOW * options.max_in_flight * options.frames_per_request
+        timing = replace(timing, batch_wait_s=min(timing.batch_wait_s, options.max_age_s / 2))
         self.buffer = FrameBuffer(max(MAX_FRAMES, options.batch_size), policies, window, stop, timing)
         self.results: queue.Queue[Result | Future[None]] = queue.Queue(MAX_RESULTS)  # at last the threads
         self.error: BaseException | None = None

@@ -94,7 +94,7 @@ class TorchServeClient:
         self._check_stop()
         try:
             response: requests.Response = future.result()
-        except requests.RequestException as error:
+        except OSError as error:  # requests.RequestException, or a CA bundle that is missing
             raise responses.connection_error(url, error) from error
         if responses.is_auth_error(response):
             raise self._token.rejection(url, response)
@@ -156,7 +156,7 @@ class TorchServeClient:
             self._deliver(
                 request, responses.parse_response(future.result(), request.frames, self._options.client_batching)
             )
-        except requests.RequestException as error:
+        except OSError as error:  # requests.RequestException, or a CA bundle that is missing
             self._fail(request, f"no response: {responses.root_cause(error)}")
         except Exception as error:
             log.exception("unexpected error of a request")

@@ -106,7 +106,7 @@ def is_permanent(error: BaseException) -> bool:
     return any(isinstance(cause, ssl.SSLError) and not isinstance(cause, closed) for cause in causes(error))
 
 
-def connection_error(url: str, error: requests.RequestException) -> ServerError:
+def connection_error(url: str, error: OSError) -> ServerError:
     """Return the error that explains why there is no response at all."""
     cause = root_cause(error)
     if is_permanent(error):
