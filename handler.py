@@ -60,7 +60,7 @@ MAX_REQUEST_PIXELS = 4 * MAX_PIXELS
 # Says in every answer how many frames went through the network together with this request's, or its first ones.
 BATCH_HEADER = "X-Forward-Batch-Size"
 
-# What Prometheus is told besides what TorchServe tells it: kind, unit, and labels besides ModelName.
+# The metrics besides those of TorchServe: kind, unit, and labels besides ModelName.
 METRICS = {
     "handler_frames_decoded_total": (MetricTypes.COUNTER, "frames", []),
     "handler_refused_total": (MetricTypes.COUNTER, "frames", ["reason"]),  # or whole requests, as one each
@@ -93,7 +93,7 @@ def build_network(name: str, classes: int) -> torch.nn.Module:
     if name == "resnet-18":
         network: torch.nn.Module = models.resnet18(num_classes=classes)
     elif name == "efficientnet-lite0":
-        # Imported where it is needed: whoever serves resnet-18 does not need this package.
+        # Imported where it is needed: a server of resnet-18 does not need this package.
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name("efficientnet-lite0", num_classes=classes)

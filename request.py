@@ -34,7 +34,7 @@ from edge.video import Video
 
 MAX_FRAMES = 4  # that wait of each camera, or a JSON batch if that is more: enough for a short delay, and still fresh
 MAX_RESULTS = 100  # With more waiting results, a slow output slows down everything before it.
-REORDER_WINDOW = 4  # So many times the frames in flight, a camera may be ahead of its latest result.
+REORDER_WINDOW = 4  # A camera may be ahead of its oldest missing result by so many times the frames in flight.
 
 log = logging.getLogger("edge")
 
@@ -50,8 +50,8 @@ class Pipeline:
         policies = {camera: options.drop or ("oldest" if camera.is_live else "none") for camera in cameras}
         window = REORDER_WINDOW * options.max_in_flight * options.frames_per_request
         timing = replace(timing, batch_wait_s=min(timing.batch_wait_s, options.max_age_s / 2))
-        self.buffer = FrameBuffer(max(MAX_FRAMES, options.batch_size), policies, window, stop, timing)
-        self.results: queue.Queue[Result | Future[None]] = queue.Queue(MAX_RESULTS)  # at last the threads
+        self.buffer = FrameBuffer(max(MAX_FRAMES, options.frames_per_request), policies, window, stop, timing)
+        self.results: queue.Queue[Result | Future[None]] = queue.Queue(MAX_RESULTS)  # and the ended threads
         self.error: BaseException | None = None
         self.source_error: SourceError | None = None
 
@@ -93,7 +93,7 @@ class Pipeline:
     def write_results(self, outputs: Outputs, threads: int) -> None:
         """Write the results of each camera in frame order, until all threads have ended (main thread)."""
         reorder_buffers = {camera: ReorderBuffer() for camera in self.stats}
-        idle_s = 0.0  # since `stop` was set: a camera may hang in its driver forever
+        idle_s = 0.0  # without results, since `stop` was set
         while threads and idle_s < self.timing.stop_s:
             try:
                 item = self.results.get(timeout=self.timing.poll_s)
@@ -118,7 +118,7 @@ class Pipeline:
     def check_server(self, result: Result) -> None:
         """End the run if a frame of a file failed and the server did not respond for --server-wait."""
         health, wait_s = self.client.health, self.options.server_wait_s
-        if result.outcome == "failed" and not result.frame.camera.is_live and health.down_for_s() >= wait_s:
+        if result.outcome == "failed" and not result.frame.camera.is_live and 0 < health.down_for_s() >= wait_s:
             text = f"{self.options.url} did not respond for {wait_s:g} s ({health.last_error}): see the server's logs"
             self.record_error(ServerError(text))
 

@@ -62,7 +62,8 @@ class BearerToken(AuthBase):
         """Replace the token that a response rejects; return whether there is another one now.
 
         The file is read again first: a restart of TorchServe writes a new token. If it holds the same one, that one has
-        expired, and TorchServe is asked at `management_url`, with the API key of the file, to write a new one.
+        expired, and TorchServe is asked at `management_url`, with the API key of the file, to write a new one. A 401 is
+        from a proxy: a new token of TorchServe would not help, and would make that of all other clients invalid.
 
         Raises ServerError if the file can't be read, requests.RequestException if the renewal fails.
         """
@@ -70,7 +71,8 @@ class BearerToken(AuthBase):
         with self._lock:
             if not self._is_new(rejected):  # else another thread has replaced it
                 self.load()
-                if not self._is_new(rejected) and self._api_key and self._management_url:
+                is_of_proxy = response.status_code == requests.codes.unauthorized
+                if not self._is_new(rejected) and not is_of_proxy and self._api_key and self._management_url:
                     self._renew(self._management_url)
                     self.load()
                     if not self._is_new(rejected):

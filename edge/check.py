@@ -59,9 +59,7 @@ def check_server(client: TorchServeClient, image: bytes, options: Options) -> No
     requests = f"{count} requests of {frames} frame{'s' if frames > 1 else ''}, {options.max_in_flight} in flight"
     print(f"ok    batching: {requests}, {fps:.1f} FPS; {batch}", flush=True)
 
-    fitting = 1
-    while json_size([image] * (fitting + 1)) <= MAX_BODY_BYTES:
-        fitting += 1
+    fitting = max(1, (MAX_BODY_BYTES - json_size([])) // (json_size([image]) - json_size([])))
     print(f"ok    request limit: {MAX_BODY_BYTES:,} bytes, a JSON batch of {fitting} such frames")
 
 

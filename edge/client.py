@@ -116,7 +116,7 @@ class TorchServeClient:
         return results[0]
 
     def wait_for_slot(self) -> None:
-        """Wait while `max_in_flight` requests are in flight. While the server is down, a single request probes it."""
+        """Wait while `max_in_flight` requests are in flight. While the server is down, send the next one alone."""
         while not self._stop.is_set():
             if self._wait_below(1 if self.health.is_down else self._options.max_in_flight):
                 return

@@ -1,6 +1,6 @@
 """Where results go: terminal, JSON lines, progress bar; edge/video.py writes annotated videos.
 
-To add an output, write a subclass of Output, and add it to open_outputs() in request.py.
+To add an output, write a subclass of Output, a flag in edge/options.py, and a line in open_outputs() in request.py.
 """
 
 import json
@@ -36,7 +36,7 @@ class Output:
         """Called several times a second while there are no results."""
 
     def close(self) -> None:
-        """Complete what was written; called once."""
+        """Complete what was written; called once, unless the output has failed."""
 
 
 class Outputs:

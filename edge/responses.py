@@ -93,7 +93,7 @@ def is_auth_error(response: requests.Response) -> bool:
 
 
 def is_transient(response: requests.Response | None, error: BaseException | None) -> bool:
-    """Whether the same request may succeed later. Only this function decides that."""
+    """Whether the same request may succeed later. RetrySession decides about rejected tokens."""
     if response is not None:
         return response.status_code in TRANSIENT
     transient = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class ServerHealth:
-    """Whether the server responds. Reported once when all requests have failed for report_after_s, and once after."""
+    """Whether the server responds. Reported once when all have failed for report_after_s, and once afterwards."""
 
     def __init__(self, url: str, timing: Timing) -> None:
         self.last_error = ""
@@ -52,7 +52,7 @@ class ServerHealth:
 
 
 class RetrySession(requests.Session):
-    """A session whose requests are retried until their response is final or the deadline is over.
+    """A session whose requests are retried until their response is final or the deadline has passed.
 
     retry_timeout_s: how long after its first failure a request is retried.
     retry_auth_errors: retry a rejected token that can't be replaced, too. A proxy may get to know a new token later
@@ -95,8 +95,9 @@ class RetrySession(requests.Session):
                 break
             self._health.record_failure(reason(response, error))
             deadline = min(deadline, time.monotonic() + self.retry_timeout_s)
+            left_s = deadline - time.monotonic()
             pause_s = backoff_s(self._timing.first_backoff_s, self._timing.max_backoff_s, attempt)
-            if time.monotonic() >= deadline or self._stop.wait(pause_s):
+            if left_s <= 0 or self._stop.wait(min(pause_s, left_s)):
                 break
         if response is None:
             assert error is not None

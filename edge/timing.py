@@ -8,7 +8,7 @@ from dataclasses import dataclass
 class Timing:
     """All waiting times, in seconds. Tests pass shorter ones."""
 
-    poll_s: float = 0.1  # between two looks at the stop event: nobody notices it after Ctrl-C
+    poll_s: float = 0.1  # between two looks at the stop event: too short to be noticed after Ctrl-C
     batch_wait_s: float = 1.0  # of the first frame of an incomplete batch: a camera of 4 frames/s still fills one
     drain_s: float = 5.0  # for responses after Ctrl-C: a server of 3 frames/s completes the 16 frames in flight
     stop_s: float = 10.0  # for threads after the last result: a camera may hang in its driver forever

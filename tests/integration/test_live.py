@@ -164,7 +164,11 @@ def test_a_file_as_fast_as_the_server_answers(fake: FakeServer, clip: list[Pixel
 
 
 @pytest.mark.parametrize("fake", ["some fail"], indirect=True)
-@pytest.mark.parametrize(("flags", "failed"), [([], 7), (["--client-batching", "--batch-size", "2"], 6)], ids=str)
+@pytest.mark.parametrize(
+    ("flags", "failed"),
+    [([], 7), (["--client-batching", "--batch-size", "2"], 6), (["--server-wait", "0"], 7)],
+    ids=str,
+)
 def test_one_failed_frame_is_enough_for_exit_code_1(
     fake: FakeServer, flags: list[str], failed: int, short_clip: Path, tmp_path: Path
 ) -> None:

@@ -104,6 +104,13 @@ def test_missing_server(tmp_path: Path) -> None:
     assert "Connection refused" in error
 
 
+def test_missing_certificates(tmp_path: Path) -> None:
+    address = f"https://127.0.0.1:{free_ports(1)[0]}"
+    environment = {"REQUESTS_CA_BUNDLE": str(tmp_path / "missing.pem")}
+    error = error_of("--url", address, cwd=tmp_path, code=4, environment=environment)
+    assert f"can't use {address}: Could not find a suitable TLS CA certificate bundle" in error
+
+
 def test_missing_token(node: Node, tmp_path: Path) -> None:
     error = error_of(*MODEL, "--url", node.url, cwd=tmp_path, code=4)
     assert "requires a token" in error

@@ -115,6 +115,16 @@ def test_frames_that_wait_when_the_run_is_stopped_are_not_sent(stop: threading.E
     assert client.requests == []
 
 
+def test_incomplete_batch_waits_for_half_of_the_age_limit_at_most(stop: threading.Event) -> None:
+    """Its first frame would expire. With the batch_wait_s of this test it would wait for longer than the test may."""
+    camera = Camera("0")
+    options = parse_args(["--client-batching", "--max-age", "200"])
+    pipeline = Pipeline([camera], cast(TorchServeClient, Client()), options, stop, Timing(batch_wait_s=3600.0))
+    frame = Frame(camera, 1, NOW, b"jpeg")
+    pipeline.buffer.put(frame)
+    assert pipeline.buffer.get_batch(4) == [frame]
+
+
 def test_requests_in_flight_are_drained_when_the_sender_fails(stop: threading.Event) -> None:
     client = Client()
     client.error = RuntimeError("a bug")

@@ -1,0 +1,48 @@
+"""edge/auth.py: when the token is replaced. A renewal would open a connection, which fails a unit test."""
+
+from pathlib import Path
+
+import pytest
+import requests
+
+from edge.auth import BearerToken
+from edge.timing import Timing
+
+
+def rejected(status: int, token: str) -> requests.Response:
+    """Return a response that rejects a token."""
+    response = requests.Response()
+    response.status_code = status
+    request = requests.Request("POST", "http://127.0.0.1/predictions/m", headers={"Authorization": f"Bearer {token}"})
+    response.request = request.prepare()
+    return response
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "key_file.json"
+    path.write_text('{"inference": {"key": "old"}, "API": {"key": "api"}}')
+    return path
+
+
+@pytest.fixture
+def token(key_file: Path) -> BearerToken:
+    token = BearerToken(key_file, "http://127.0.0.1:8081", Timing())
+    token.load()
+    return token
+
+
+def test_401_of_a_proxy_renews_no_token_of_torchserve(token: BearerToken) -> None:
+    assert not token.refresh(rejected(401, "old"))
+
+
+def test_expired_token_of_torchserve_is_renewed(token: BearerToken) -> None:
+    with pytest.raises(AssertionError, match="a unit test starts no server"):
+        token.refresh(rejected(400, "old"))
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_file_is_read_again_before_a_renewal(token: BearerToken, key_file: Path, status: int) -> None:
+    key_file.write_text('{"inference": {"key": "new"}, "API": {"key": "api"}}')
+    assert token.refresh(rejected(status, "old"))
+    assert token.refresh(rejected(status, "old")), "replaced by another thread already"
