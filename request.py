@@ -32,7 +32,7 @@ from edge.stats import CameraStats, summary
 from edge.timing import Timing
 from edge.video import Video
 
-MAX_FRAMES = 4  # that wait of each camera, or a JSON batch if that is more: enough for a short delay, and still fresh
+MAX_WAITING_FRAMES = 4  # of each camera, at least a JSON batch: enough for a short delay, and they are still fresh
 MAX_RESULTS = 100  # With more waiting results, a slow output slows down everything before it.
 REORDER_WINDOW = 4  # A camera may be ahead of its oldest missing result by so many times the frames in flight.
 
@@ -50,7 +50,7 @@ class Pipeline:
         policies = {camera: options.drop or ("oldest" if camera.is_live else "none") for camera in cameras}
         window = REORDER_WINDOW * options.max_in_flight * options.frames_per_request
         timing = replace(timing, batch_wait_s=min(timing.batch_wait_s, options.max_age_s / 2))
-        self.buffer = FrameBuffer(max(MAX_FRAMES, options.frames_per_request), policies, window, stop, timing)
+        self.buffer = FrameBuffer(max(MAX_WAITING_FRAMES, options.frames_per_request), policies, window, stop, timing)
         self.results: queue.Queue[Result | Future[None]] = queue.Queue(MAX_RESULTS)  # and the ended threads
         self.error: BaseException | None = None
         self.source_error: SourceError | None = None
@@ -75,12 +75,12 @@ class Pipeline:
                 frames = self.buffer.get_batch(self.options.frames_per_request)
                 if not frames:
                     return
-                if fresh := [frame for frame in frames if self.is_fresh(frame)]:
-                    self.client.submit(fresh, self.results.put)
+                if wanted := [frame for frame in frames if self.should_send(frame)]:
+                    self.client.submit(wanted, self.results.put)
         finally:
             self.client.drain()
 
-    def is_fresh(self, frame: Frame) -> bool:
+    def should_send(self, frame: Frame) -> bool:
         """Whether a frame is still to be sent. Otherwise put its result into the queue."""
         if self.stop.is_set():
             self.results.put(Result.not_sent(frame, "dropped", "the run ended"))
@@ -90,11 +90,11 @@ class Pipeline:
             return False
         return True
 
-    def write_results(self, outputs: Outputs, threads: int) -> None:
+    def write_results(self, outputs: Outputs, running: int) -> None:
         """Write the results of each camera in frame order, until all threads have ended (main thread)."""
         reorder_buffers = {camera: ReorderBuffer() for camera in self.stats}
         idle_s = 0.0  # without results, since `stop` was set
-        while threads and idle_s < self.timing.stop_s:
+        while running and idle_s < self.timing.stop_s:
             try:
                 item = self.results.get(timeout=self.timing.poll_s)
             except queue.Empty:
@@ -103,7 +103,7 @@ class Pipeline:
                 continue
             idle_s = 0.0
             if isinstance(item, Future):
-                threads -= 1
+                running -= 1
                 self.record_error(item.exception())
                 continue
             self.check_server(item)
@@ -111,7 +111,7 @@ class Pipeline:
             for result in reorder_buffers[camera].add(item if self.options.save_video else item.without_image()):
                 if self.stats[camera].record(result) and result.outcome == "failed":
                     log.warning("%s: frame %d failed: %s", camera.name, result.frame.number, result.error)
-                if result.outcome != "dropped":
+                if result.outcome != "dropped":  # A dropped frame was not taken from the buffer.
                     self.buffer.release(camera)
                 outputs.write(result)
 

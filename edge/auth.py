@@ -5,12 +5,14 @@ import logging
 import os
 import re
 import threading
+import time
 from pathlib import Path
 
 import requests
 from requests.auth import AuthBase
 
 from edge.errors import ServerError
+from edge.responses import root_cause
 from edge.timing import Timing
 
 log = logging.getLogger(__name__)
@@ -24,11 +26,12 @@ class BearerToken(AuthBase):
     """
 
     def __init__(self, token_file: Path | None, management_url: str | None, timing: Timing) -> None:
-        self.source = ""
+        self.source = self.problem = ""
         self._token_file = token_file
         self._management_url = management_url
         self._timing = timing
         self._token = self._api_key = ""
+        self._next_renewal_at = 0.0
         self._lock = threading.Lock()
 
     def load(self) -> None:
@@ -64,32 +67,41 @@ class BearerToken(AuthBase):
         The file is read again first: a restart of TorchServe writes a new token. If it holds the same one, that one has
         expired, and TorchServe is asked at `management_url`, with the API key of the file, to write a new one. A 401 is
         from a proxy: a new token of TorchServe would not help, and would make that of all other clients invalid.
-
-        Raises ServerError if the file can't be read, requests.RequestException if the renewal fails.
+        `problem` says why a replacement failed.
         """
         rejected = response.request.headers.get("Authorization")
         with self._lock:
             if not self._is_new(rejected):  # else another thread has replaced it
-                self.load()
-                is_of_proxy = response.status_code == requests.codes.unauthorized
-                if not self._is_new(rejected) and not is_of_proxy and self._api_key and self._management_url:
-                    self._renew(self._management_url)
+                self.problem = ""
+                try:
                     self.load()
-                    if not self._is_new(rejected):
-                        self._management_url = None  # Each renewal makes the token of all other clients invalid.
-                        log.warning("TorchServe has a new token, but %s does not: is it a copy?", self.source)
+                    if not self._is_new(rejected) and response.status_code != requests.codes.unauthorized:
+                        self._renew(rejected)
+                except ServerError as error:
+                    self.problem = str(error)
+                except requests.RequestException as error:
+                    self.problem = f"TorchServe did not renew the token: {root_cause(error)}"
             return self._is_new(rejected)
 
     def _is_new(self, rejected: str | None) -> bool:
         return bool(self._token) and f"Bearer {self._token}" != rejected
 
-    def _renew(self, management_url: str) -> None:
+    def _renew(self, rejected: str | None) -> None:
         """Have TorchServe write a new inference token into its key file. The old one becomes invalid at once."""
+        if not self._api_key or not self._management_url or time.monotonic() < self._next_renewal_at:
+            return
         headers = {"Authorization": f"Bearer {self._api_key}"}
-        url, timeout_s = f"{management_url}/token?type=inference", self._timing.connect_s
+        url, timeout_s = f"{self._management_url}/token?type=inference", self._timing.connect_s
         with requests.Session() as session:
             session.trust_env = False  # no proxy, and no password of ~/.netrc instead of the API key
-            session.get(url, headers=headers, timeout=timeout_s, allow_redirects=False).raise_for_status()
+            try:
+                session.get(url, headers=headers, timeout=timeout_s, allow_redirects=False).raise_for_status()
+            finally:  # If it does not respond, the other threads that wait for the lock do not ask it again.
+                self._next_renewal_at = time.monotonic() + self._timing.max_backoff_s
+        self.load()
+        if not self._is_new(rejected):
+            self._management_url = None  # Each renewal makes the token of all other clients invalid.
+            log.warning("TorchServe has a new token, but %s does not: is it a copy?", self.source)
 
     def rejection(self, url: str, response: requests.Response) -> ServerError:
         """Return the error that explains a response which rejects the token, or requires one."""
@@ -102,4 +114,4 @@ class BearerToken(AuthBase):
         else:
             advice = "run this in the directory where TorchServe was started, whose key_file.json holds it, or pass "
             advice += "--token-file FILE, or set TORCHSERVE_TOKEN"
-        return ServerError(f"{problem}: {advice}")
+        return ServerError(f"{problem}: {advice}" + (f" ({self.problem})" if self.problem else ""))

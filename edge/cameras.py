@@ -26,7 +26,7 @@ SECRET = re.compile(
 # that waits here instead has the whole timeout.
 OPENING = threading.Lock()
 
-Image = tuple[float, Any]  # when it was read, time.monotonic() seconds; (height, width, 3) uint8, BGR
+Image = tuple[float, bytes]  # when it was read, time.monotonic() seconds; JPEG
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ class Camera:
         Raises SourceError if a file can't be opened or holds no frames. A live source never raises it.
         """
         images = self._read_live(stop) if self.is_live else self._read_file(stop)
-        for number, (captured_at, image) in enumerate(images, start=1):
-            yield Frame(self, number, captured_at, self.encode(image))
+        for number, (captured_at, jpeg) in enumerate(images, start=1):
+            yield Frame(self, number, captured_at, jpeg)
 
     def _read_file(self, stop: threading.Event) -> Iterator[Image]:
         """Yield the images of a file at its rate.
@@ -103,7 +103,7 @@ class Camera:
                     if not ok:
                         break
                     is_empty = False
-                    yield time.monotonic(), image
+                    yield time.monotonic(), self.encode(image)
                     due = max(due + interval_s, time.monotonic())
             finally:
                 capture.release()
@@ -118,11 +118,11 @@ class Camera:
         while not stop.is_set():
             problem = "no more frames come"
             try:
-                for captured_at, image in self._sample(stop):
+                for captured_at, jpeg in self._sample(stop):
                     if is_reported:
                         log.warning("%s: the camera is back after %.1f s", self.name, captured_at - seen_at)
                     state, seen_at, is_reported, attempt = "lost", captured_at, False, 0
-                    yield captured_at, image
+                    yield captured_at, jpeg
             except (SourceError, cv2.error) as error:
                 problem = " ".join(str(error).replace(self._source, self.name).split())
             if stop.is_set():
@@ -150,7 +150,7 @@ class Camera:
                 if not ok:
                     return
                 due = (due if captured_at < due + interval_s else captured_at) + interval_s
-                yield captured_at, image
+                yield captured_at, self.encode(image)
         finally:
             capture.release()
 
@@ -191,12 +191,15 @@ class Camera:
             raise SourceError(f"{self.name} is a folder, expected a video file")
 
     def encode(self, image: Any) -> bytes:
-        """Return a (height, width, 3) BGR image as JPEG, shrunk as asked for."""
+        """Return a (height, width, 3) BGR image as JPEG, shrunk as asked for. Raises SourceError if OpenCV can't."""
         height, width = image.shape[:2]
-        if self._resize and self._resize < min(height, width):
-            scale = self._resize / min(height, width)
-            image = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
-        ok, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, self._jpeg_quality])
+        try:
+            if self._resize and self._resize < min(height, width):
+                scale = self._resize / min(height, width)
+                image = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+            ok, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, self._jpeg_quality])
+        except cv2.error:
+            ok = False
         if not ok:
             raise SourceError(f"{self.name}: OpenCV can't encode an image of shape {image.shape} as JPEG")
         return jpeg.tobytes()

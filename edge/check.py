@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edge.cameras import Camera
-from edge.client import MAX_BODY_BYTES, TEST_CAMERA, TEST_IMAGE, TorchServeClient, json_size
+from edge.client import MAX_BODY_BYTES, MAX_REQUEST_FRAMES, TEST_CAMERA, TEST_IMAGE, TorchServeClient, json_size
 from edge.errors import ServerError, SourceError
 from edge.frames import Frame, Result
 from edge.options import Options
@@ -40,9 +40,8 @@ def check(cameras: Sequence[Camera], options: Options, stop: threading.Event, ti
 def check_server(client: TorchServeClient, image: bytes, options: Options) -> None:
     """Print what the server does. Raises ServerError for the first thing that fails."""
     client.connect()
-    print(f"ok    server {options.url}: reachable, accepts the token, has the model", flush=True)
-
     (first,) = predict(client, image, 1, 1)
+    print(f"ok    server {options.url}: reachable, accepts the token, has the model", flush=True)
     label, probability = max((first.predictions or {}).items(), key=lambda item: item[1])
     print(f"ok    model: {label} {probability:.2f}", flush=True)
 
@@ -59,7 +58,8 @@ def check_server(client: TorchServeClient, image: bytes, options: Options) -> No
     requests = f"{count} requests of {frames} frame{'s' if frames > 1 else ''}, {options.max_in_flight} in flight"
     print(f"ok    batching: {requests}, {fps:.1f} FPS; {batch}", flush=True)
 
-    fitting = max(1, (MAX_BODY_BYTES - json_size([])) // (json_size([image]) - json_size([])))
+    fitting = (MAX_BODY_BYTES - json_size([])) // (json_size([image]) - json_size([]))
+    fitting = max(1, min(fitting, MAX_REQUEST_FRAMES))
     print(f"ok    request limit: {MAX_BODY_BYTES:,} bytes, a JSON batch of {fitting} such frames")
 
 

@@ -27,6 +27,7 @@ from edge.session import RetrySession, ServerHealth
 from edge.timing import Timing
 
 MAX_BODY_BYTES = 6_553_500  # max_request_size of TorchServe, unless its configuration says otherwise
+MAX_REQUEST_FRAMES = 256  # of handler.py
 TEST_CAMERA = Camera("test image")
 TEST_IMAGE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
 
@@ -122,11 +123,12 @@ class TorchServeClient:
                 return
 
     def submit(self, frames: Sequence[Frame], on_result: Callable[[Result], None]) -> None:
-        """Send frames without waiting for the response, in several requests if one would exceed MAX_BODY_BYTES."""
-        if self._size(frames) > MAX_BODY_BYTES and len(frames) == 1:
+        """Send frames without waiting for the response, in several requests if one would be too large."""
+        is_too_large = self._size(frames) > MAX_BODY_BYTES
+        if is_too_large and len(frames) == 1:
             on_result(Result.failed(frames[0], responses.TOO_LARGE))
             return
-        if self._size(frames) > MAX_BODY_BYTES:
+        if is_too_large or len(frames) > MAX_REQUEST_FRAMES:
             middle = len(frames) // 2
             self.submit(frames[:middle], on_result)
             self.submit(frames[middle:], on_result)

@@ -64,6 +64,12 @@ class Options:
 
 def parse_args(argv: list[str] | None = None) -> Options:
     """Return the options. Wrong usage ends the program with exit code 2."""
+    parser = new_parser()
+    return complete(parser, parser.parse_args(argv))
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """Return the table of flags."""
     parser = argparse.ArgumentParser(
         description="Stream cameras to TorchServe and print its predictions.",
         allow_abbrev=False,
@@ -96,23 +102,13 @@ def parse_args(argv: list[str] | None = None) -> Options:
     add("--model", default="resnet-18", help="the model's name in TorchServe (default: %(default)s)")
     text = "TorchServe's key file (default: the token in the variable TORCHSERVE_TOKEN, else ./key_file.json)"
     add("--token-file", type=Path, metavar="FILE", help=text)
-    text = (
-        "TorchServe's management address, on the host of --url, to renew an expired token with the key file's API key"
-    )
-    add(
-        "--management-url",
-        type=http_url,
-        metavar="URL",
-        help=f"{text} (default: port 8081 if --url is on this machine)",
-    )
-    text = (
-        "how long the start, and each frame of a file, waits for a server that does not respond (default: %(default)g)"
-    )
+    text = "TorchServe's management address, on the host of --url, to renew an expired token with the API key"
+    text += " of the key file (default: port 8081 if --url is on this machine)"
+    add("--management-url", type=http_url, metavar="URL", help=text)
+    text = "how long the start, and each frame of a file, waits for a server that does not respond (default: 30)"
     add("--server-wait", dest="server_wait_s", type=SECONDS, default=30.0, metavar="SECONDS", help=text)
-    text = (
-        f"maximum number of requests in flight (default: {BATCHES_IN_FLIGHT} JSON batches, or {BATCHES_IN_FLIGHT} times"
-    )
-    add("--max-in-flight", type=WHOLE, metavar="N", help=f"{text} --batch-size single frames)")
+    text = f"requests in flight (default: {BATCHES_IN_FLIGHT} JSON batches, or {BATCHES_IN_FLIGHT} times --batch_size"
+    add("--max-in-flight", type=WHOLE, metavar="N", help=f"{text} single frames)")
     add("--check", action="store_true", help="test cameras and server, print what works, and stream nothing")
 
     add = parser.add_argument_group("outputs").add_argument
@@ -125,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
     add("--save-video", type=video, metavar="FILE", help=text)
     text = "serve the stats to Prometheus at port N, of 127.0.0.1 unless an address is given"
     add("--metrics-port", type=listener, metavar="[ADDRESS:]N", help=text)
-    return complete(parser, parser.parse_args(argv))
+    return parser
 
 
 def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Options:

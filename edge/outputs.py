@@ -10,6 +10,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Output:
         """Called several times a second while there are no results."""
 
     def close(self) -> None:
-        """Complete what was written; called once, unless the output has failed."""
+        """Complete what was written: at the end, or after a failure."""
 
 
 class Outputs:
@@ -68,7 +69,10 @@ class Outputs:
                 if isinstance(error, BrokenPipeError):
                     self._stop.set()
                 else:
-                    log.error("%s fails, going on without it: %s: %s", output.name, type(error).__name__, error)
+                    name, cause = type(error).__name__, " ".join(str(error).split())
+                    log.error("%s fails, going on without it: %s: %s", output.name, name, cause)
+                with suppress(Exception):  # What is written stays readable; the failure was reported.
+                    output.close()
 
 
 class Terminal(Output):

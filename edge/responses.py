@@ -19,18 +19,18 @@ TOO_LARGE = "413 the request is larger than the server accepts: use a smaller --
 MAX_ERROR_CHARACTERS = 300
 
 
-def parse_response(response: requests.Response, frames: Sequence[Frame], is_json: bool) -> list[Result]:
+def parse_response(response: requests.Response, frames: Sequence[Frame], is_batch: bool) -> list[Result]:
     """Return one result for each frame, in the order sent, whatever the response is."""
     received_at = time.monotonic()
     body = json_body(response)
-    predictions = body if is_json else [body]
+    predictions = body if is_batch else [body]
     error = None
     if response.status_code == requests.codes.request_entity_too_large:
         error = TOO_LARGE
     elif response.status_code != requests.codes.ok:
         error = reason(response)
     elif body is None:
-        error = "the response is not JSON"
+        error = "unexpected response: expected predictions as JSON"
     elif not isinstance(predictions, list) or len(predictions) != len(frames):
         error = f"unexpected response: expected {len(frames)} predictions"
     if error:
@@ -71,12 +71,11 @@ def error_fields(response: requests.Response) -> dict[str, Any]:
     return body if isinstance(body, dict) else {}
 
 
-def reason(response: requests.Response | None, error: BaseException | None = None) -> str:
-    """Return in one line why an attempt failed: an error, or an error response."""
-    if response is None or error is not None:
-        return root_cause(error) if error else "no response"
+def reason(response: requests.Response) -> str:
+    """Return in one line what an error response says."""
     fields = error_fields(response)
-    return f"{response.status_code} " + one_line(str(fields.get("error") or fields.get("message") or response.reason))
+    text = fields.get("error") or fields.get("message") or response.reason or ""
+    return f"{response.status_code} {one_line(str(text))}".rstrip()
 
 
 def one_line(text: str) -> str:

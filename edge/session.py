@@ -11,8 +11,7 @@ import requests
 
 from edge.auth import BearerToken
 from edge.deadline import DeadlineAdapter
-from edge.errors import ServerError
-from edge.responses import is_auth_error, is_transient, reason
+from edge.responses import is_auth_error, is_transient, reason, root_cause
 from edge.timing import Timing, backoff_s
 
 MAX_TOKENS = 5  # that one request tries without a pause
@@ -77,23 +76,20 @@ class RetrySession(requests.Session):
 
         Returns the last response. Raises requests.RequestException if the last attempt had none.
         """
-        options["allow_redirects"] = False  # A redirected POST would arrive as a GET without its frames.
-        deadline, tokens = math.inf, 0
+        deadline = math.inf
         for attempt in itertools.count():
             response, error = None, None
             try:
-                response = super().request(method, url, **options)
-                if is_auth_error(response) and tokens < MAX_TOKENS and self._token.refresh(response):
-                    tokens += 1
-                    continue
-            except (requests.RequestException, ServerError) as caught:
-                error = caught
+                response = self._send(method, url, **options)
+                cause = reason(response)
+            except requests.RequestException as caught:
+                error, cause = caught, root_cause(caught)
             is_rejected = response is not None and is_auth_error(response)
             if not (self.retry_auth_errors if is_rejected else is_transient(response, error)):
                 if response is not None and not is_rejected:
                     self._health.record_success()
                 break
-            self._health.record_failure(reason(response, error))
+            self._health.record_failure((is_rejected and self._token.problem) or cause)
             deadline = min(deadline, time.monotonic() + self.retry_timeout_s)
             left_s = deadline - time.monotonic()
             pause_s = backoff_s(self._timing.first_backoff_s, self._timing.max_backoff_s, attempt)
@@ -102,4 +98,14 @@ class RetrySession(requests.Session):
         if response is None:
             assert error is not None
             raise error
+        return response
+
+    def _send(self, method: str, url: str, **options: Any) -> requests.Response:
+        """Send a request, and again with each new token while the server rejects it."""
+        options["allow_redirects"] = False  # A redirected POST would arrive as a GET without its frames.
+        response = super().request(method, url, **options)
+        for _ in range(MAX_TOKENS):
+            if not is_auth_error(response) or not self._token.refresh(response):
+                break
+            response = super().request(method, url, **options)
         return response

@@ -47,15 +47,15 @@ def test_good_responses_are_answered(fake: FakeServer, as_json: bool, stop: thre
 @pytest.mark.parametrize(
     ("fake", "reason"),
     [
-        ("html", "the response is not JSON"),
-        ("garbage", "the response is not JSON"),
-        ("deep", "the response is not JSON"),
+        ("html", "unexpected response: expected predictions as JSON"),
+        ("garbage", "unexpected response: expected predictions as JSON"),
+        ("deep", "unexpected response: expected predictions as JSON"),
         ("too few", "unexpected response: expected "),
         ("not predictions", "unexpected response: expected label -> probability"),
         ("not a number", "unexpected response: expected label -> probability"),
         ("huge number", "unexpected response: expected label -> probability"),
-        ("endless number", "the response is not JSON"),
-        ("odd charset", "the response is not JSON"),
+        ("endless number", "unexpected response: expected predictions as JSON"),
+        ("odd charset", "unexpected response: expected predictions as JSON"),
         ("redirect", "302 Found"),
     ],
     indirect=["fake"],
@@ -179,7 +179,7 @@ def test_bad_frames_of_a_batch_do_not_hide_the_good_ones(node: Node, stop: threa
 
 @pytest.mark.parametrize(
     ("fake", "reason"),
-    [("html", "response is not JSON"), ("503", "503 try later")],
+    [("html", "expected predictions as JSON"), ("503", "503 try later")],
     indirect=["fake"],
 )
 def test_server_that_is_not_torchserve_is_reported_before_the_first_frame(

@@ -41,6 +41,31 @@ def test_expired_token_of_torchserve_is_renewed(token: BearerToken) -> None:
         token.refresh(rejected(400, "old"))
 
 
+def test_renewal_that_fails_is_not_repeated_at_once_and_its_cause_is_reported(
+    token: BearerToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the management port hangs, other threads wait for the lock and would hang there one after the other."""
+    attempts = []
+
+    def time_out(*_: object, **__: object) -> None:
+        attempts.append(1)
+        raise requests.ConnectTimeout("timed out")
+
+    monkeypatch.setattr(requests.Session, "get", time_out)
+    assert not token.refresh(rejected(400, "old"))
+    assert token.problem == "TorchServe did not renew the token: timed out"
+    assert not token.refresh(rejected(400, "old"))
+    assert len(attempts) == 1
+
+
+def test_rejection_says_why_the_token_was_not_replaced(token: BearerToken, key_file: Path) -> None:
+    key_file.write_text("{")
+    response = rejected(400, "old")
+    assert not token.refresh(response)
+    expected = f" ({key_file} is no key file of TorchServe: expected JSON with inference.key)"
+    assert str(token.rejection("http://a", response)).endswith(expected)
+
+
 @pytest.mark.parametrize("status", [400, 401])
 def test_file_is_read_again_before_a_renewal(token: BearerToken, key_file: Path, status: int) -> None:
     key_file.write_text('{"inference": {"key": "new"}, "API": {"key": "api"}}')

@@ -225,3 +225,8 @@ def test_names_without_passwords(source: str, shown: str) -> None:
 def test_frames_of_a_file_are_those_that_opencv_reads(short_clip: Path) -> None:
     frames = list(Camera(str(short_clip)).frames(threading.Event()))
     assert [frame.jpeg for frame in frames] == [jpeg(frame) for frame in frames_of(short_clip)]
+
+
+def test_image_that_jpeg_cannot_hold_is_an_error_of_the_source() -> None:
+    with pytest.raises(SourceError, match=r"camera: OpenCV can't encode an image of shape \(1, 70000, 3\) as JPEG"):
+        Camera("camera").encode(np.zeros((1, 70000, 3), np.uint8))
