@@ -18,10 +18,15 @@ from edge.timing import Timing, backoff_s
 
 DEFAULT_FPS = 25.0  # of a source that states no frame rate, or an implausible one
 MAX_FPS = 240.0
-# Passwords in the query or path of a URL, where many cameras take them: ?user=admin&pwd=...
+# Passwords in the query or path of a URL, where many cameras take them: ?user=admin&pwd=... A value is masked if its
+# whole key, or a part of it between - or _, is such a word. That of ?side=left is shown.
 SECRET = re.compile(
-    r"((?:user|usr|login|pass|pwd|psw|pw|token|key|auth|secret|sig|cred|sid|session)[^=/?&;]*=)[^&;#]*", re.IGNORECASE
+    r"(?<=[?&;/])((?:[^=/?&;]*[-_])?(?:(?:access|api|auth|login|session|user)*"
+    r"(?:auth|cred|key|login|pas|pass|psw|pw|pwd|secret|session|sid|sig|token|use|user|usr)"
+    r"(?:code|entials?|id|name|nature|orization|phrase|s|wd|word)?)(?:[-_][^=/?&;]*)?=)[^&;#]*",
+    re.IGNORECASE,
 )
+HOST = re.compile(r"(?:(?:[\w-]+\.)+[\w-]+|localhost|\[[0-9a-f:.]+\])(?::\d{1,5})?(?=[/?#]|$)", re.IGNORECASE)
 # OpenCV opens one network stream at a time in a process, and its timeout runs while it waits for its turn. A camera
 # that waits here instead has the whole timeout.
 OPENING = threading.Lock()
@@ -210,5 +215,8 @@ def redact(source: str) -> str:
     if "://" not in source:
         return source
     scheme, rest = source.split("://", 1)
-    # To the last @: a password may hold another one, or a slash.
-    return scheme + "://" + SECRET.sub(r"\1***", rest.rpartition("@")[2])
+    if not HOST.match(rest):
+        # A password may hold another @, or a slash, and the path an @: the host is after the first @ where it may be.
+        rests = [rest[at.end() :] for at in re.finditer("@", rest)] or [rest]
+        rest = next((each for each in rests if HOST.match(each)), rests[-1])
+    return scheme + "://" + SECRET.sub(r"\1***", rest)
