@@ -115,7 +115,7 @@ def new_parser() -> argparse.ArgumentParser:
     text = "print predictions every N frames, at least --batch-size (default: %(default)s)"
     add("--log-every", type=WHOLE, default=20, metavar="N", help=text)
     add("--quiet", action="store_true", help="do not print predictions")
-    text = "write a JSON object for each frame; - is standard output, which then has no predictions"
+    text = "append a JSON object for each frame; - is standard output, which then has no predictions"
     add("--jsonl", metavar="FILE", help=text)
     text = "write the frames with their labels drawn on, as .mp4, .mkv or .avi; several cameras: FILE-1, FILE-2"
     add("--save-video", type=video, metavar="FILE", help=text)

@@ -3,8 +3,10 @@
 To add an output, write a subclass of Output, a flag in edge/options.py, and a line in open_outputs() in request.py.
 """
 
+import errno
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
+from io import FileIO
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,6 +23,9 @@ from edge.cameras import Camera
 from edge.errors import OutputError
 from edge.frames import Prediction, Result
 from edge.stats import Rate
+
+if sys.platform != "win32":
+    import fcntl
 
 tqdm.set_lock(threading.RLock())  # tqdm's own lock is for several processes, and prints a warning on some systems.
 log = logging.getLogger(__name__)
@@ -117,17 +123,33 @@ class Terminal(Output):
         sys.stdout.flush()
 
 
+def open_output(path: Path) -> FileIO:
+    """Open a file to append to it. Raises OutputError if that fails, or if another run is writing it."""
+    try:
+        file = FileIO(path, "ab")
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error.strerror}") from error
+    if sys.platform != "win32" and path.is_file():
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"can't write {path}: another run is writing it, expected a file of its own") from error
+        except OSError:
+            log.warning("%s is on a file system without locks: no other run must write it", path)
+    return file
+
+
 class JsonLines(Output):
-    """Writes a JSON object for each frame, on a line of its own. Raises OutputError if the file can't be opened."""
+    """Appends a JSON object for each frame, on a line of its own. Raises OutputError if the file can't be opened."""
 
     def __init__(self, path: str) -> None:
         self.name = path
-        self._is_stdout = path == "-"
-        try:
-            # Line by line: whatever ends the run leaves whole lines.
-            self._file = sys.stdout if self._is_stdout else Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115
-        except OSError as error:
-            raise OutputError(f"can't write {path}: {error.strerror}") from error
+        self._file = None if path == "-" else open_output(Path(path))
+        if self._file is not None and Path(path).is_file() and Path(path).stat().st_size:
+            with Path(path).open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    self._append("\n")  # Another program wrote half a line.
 
     def write(self, result: Result) -> None:
         frame, latency_s = result.frame, result.latency_s
@@ -142,14 +164,23 @@ class JsonLines(Output):
             "predictions": result.predictions,
             "error": result.error,
         }
-        if self._is_stdout:
-            tqdm.write(json.dumps(fields), file=self._file)
-            self._file.flush()
+        if self._file is None:
+            tqdm.write(json.dumps(fields), file=sys.stdout)
+            sys.stdout.flush()
         else:
-            self._file.write(json.dumps(fields) + "\n")
+            self._append(json.dumps(fields) + "\n")
+
+    def _append(self, line: str) -> None:
+        """Write a whole line at once, or nothing: whatever ends the run, the file has whole lines."""
+        assert self._file is not None
+        data = line.encode()
+        written = self._file.write(data)
+        if written < len(data):
+            self._file.truncate(self._file.seek(0, os.SEEK_END) - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        if not self._is_stdout:
+        if self._file is not None:
             self._file.close()
 
 

@@ -10,10 +10,9 @@ import cv2
 import numpy as np
 
 from edge.cameras import Camera
-from edge.errors import OutputError
 from edge.frames import Result
 from edge.options import VIDEO_CODECS
-from edge.outputs import Output
+from edge.outputs import Output, open_output
 
 MAX_STILL_S = 10.0  # One frame is repeated no longer than this, however long the camera was lost.
 MAX_LABELS = 3
@@ -41,11 +40,9 @@ class Video(Output):
     """
 
     def __init__(self, path: Path, camera: Camera) -> None:
-        try:
-            path.open("wb").close()
-        except OSError as error:
-            raise OutputError(f"can't write {path}: {error.strerror}") from error
         self.name = str(path)
+        self._lock = open_output(path)  # held until close()
+        self._lock.truncate(0)
         self._path, self._camera = path, camera
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
@@ -94,6 +91,7 @@ class Video(Output):
 
     def close(self) -> None:
         """Complete the file. Raises OSError if it does not have all its frames."""
+        self._lock.close()
         if self._writer is None:
             self._path.unlink()  # Without a frame it would be no video.
             return

@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 from datetime import datetime, timezone
@@ -234,3 +236,69 @@ def test_json_lines_are_complete_at_any_time(tmp_path: Path) -> None:
 def test_json_lines_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"can't write .*out.jsonl: No such file or directory"):
         JsonLines(str(tmp_path / "no" / "out.jsonl"))
+
+
+def numbers(path: Path) -> list[int]:
+    return [json.loads(line)["frame"] for line in path.read_text().splitlines()]
+
+
+def test_json_lines_are_appended_to_those_of_an_earlier_run(tmp_path: Path) -> None:
+    for number in (1, 2):
+        output = JsonLines(str(tmp_path / "out.jsonl"))
+        output.write(result(number))
+        output.close()
+    assert numbers(tmp_path / "out.jsonl") == [1, 2]
+
+
+def test_json_lines_begin_a_new_line_after_half_a_line(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text('{"frame": 1}\n{"fra')
+    output = JsonLines(str(tmp_path / "out.jsonl"))
+    output.write(result(2))
+    output.close()
+    whole, half, last = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert (whole, half, json.loads(last)["frame"]) == ('{"frame": 1}', '{"fra', 2)
+
+
+def test_json_lines_continue_at_the_start_of_a_file_that_was_truncated(tmp_path: Path) -> None:
+    """As logrotate does with copytruncate."""
+    output = JsonLines(str(tmp_path / "out.jsonl"))
+    output.write(result(1))
+    os.truncate(tmp_path / "out.jsonl", 0)
+    output.write(result(2))
+    output.close()
+    assert numbers(tmp_path / "out.jsonl") == [2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
+def test_file_that_another_run_is_writing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    first = JsonLines(str(path))
+    first.write(result(1))
+    with pytest.raises(OutputError, match=r"out.jsonl: another run is writing it, expected a file of its own"):
+        JsonLines(str(path))
+    first.write(result(2))
+    first.close()
+    assert numbers(path) == [1, 2]
+    JsonLines(str(path)).close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are of POSIX")
+def test_json_lines_that_do_not_fit_leave_whole_lines(tmp_path: Path) -> None:
+    import resource  # Windows has none.
+
+    output = JsonLines(str(tmp_path / "out.jsonl"))
+    output.write(result(1))
+    size = (tmp_path / "out.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            output.write(result(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert numbers(tmp_path / "out.jsonl") == [1]
+    output.write(result(3))
+    output.close()
+    assert numbers(tmp_path / "out.jsonl") == [1, 3]

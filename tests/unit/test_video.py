@@ -192,6 +192,17 @@ def test_video_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         Video(tmp_path / "no" / "out.mp4", FILE)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
+def test_video_that_another_run_is_writing_is_refused_and_keeps_its_frames(tmp_path: Path) -> None:
+    path = tmp_path / "out.mkv"
+    first = Video(path, FILE)
+    first.write(result(1))
+    with pytest.raises(OutputError, match=r"out.mkv: another run is writing it"):
+        Video(path, FILE)
+    first.close()
+    assert len(frames_of(path)) == 1
+
+
 def test_labels_are_drawn_where_they_can_be_read() -> None:
     cats = {"lynx": 0.1, "cat": 0.6, "dog": 0.2, "x": 0.05}
     for shade in (0, 128, 255):
