@@ -10,7 +10,7 @@ else
 BIN := .venv/bin
 endif
 
-.PHONY: demo cluster test test-unit lint bench soak video diagrams clean
+.PHONY: demo cluster test test-unit lint bench soak video diagrams options clean
 .DELETE_ON_ERROR:
 
 demo: .venv/server  ## both recipes on the sample clip
@@ -41,6 +41,9 @@ video: .venv/dev  ## data/sample_video.mp4 anew
 
 diagrams: .venv/dev  ## architecture/*.png anew
 	$(BIN)/python architecture/render.py
+
+options: .venv/dev  ## docs/options.md anew
+	$(BIN)/python -m docs.make_options
 
 clean:
 	rm -rf .venv

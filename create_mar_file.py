@@ -200,34 +200,31 @@ def write_archive(
     return archive
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def new_parser() -> argparse.ArgumentParser:
+    """Return the table of flags."""
     parser = argparse.ArgumentParser(
         description="Build model_store/<model>.mar in the current directory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="exit codes: 0 written; 1 an input is wrong or the archive can't be written; 2 wrong usage; "
+        "3 the weights can't be downloaded; 130 interrupted",
     )
-    parser.add_argument(
-        "--client-batching",
-        action="store_true",
-        help="the archive for requests that are JSON batches already: TorchServe does not batch them again",
-    )
-    parser.add_argument("--model", choices=["resnet-18", "efficientnet-lite0"], default="resnet-18", help="the network")
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="of the network: bf16 is about twice as fast where the processor knows it, and nearly as exact",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="have the server compile the network when it starts, which takes it a minute; needs g++ there",
-    )
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a state dict of your own instead of the ImageNet weights"
-    )
-    parser.add_argument(
-        "--labels", type=Path, metavar="FILE", help="the labels of a head of your own, one a line, by class index"
-    )
+    add = parser.add_argument
+    text = "the archive for requests that are JSON batches already: TorchServe does not batch them again"
+    add("--client-batching", action="store_true", help=text)
+    text = "the network (default: %(default)s)"
+    add("--model", choices=["resnet-18", "efficientnet-lite0"], default="resnet-18", help=text)
+    text = "of the network: bf16 is faster if the processor has it, and much slower if not (default: %(default)s)"
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help=text)
+    text = "have the server compile the network when it starts, which takes it a minute; needs g++ there"
+    add("--compile", action="store_true", help=text)
+    text = "a state dict of your own, loaded without running any code in it (default: the ImageNet weights)"
+    add("--weights", type=Path, metavar="FILE", help=text)
+    text = "the labels of a head of your own, one a line, by class index (default: the 1,000 of ImageNet)"
+    add("--labels", type=Path, metavar="FILE", help=text)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = new_parser()
     args = parser.parse_args(argv)
     if args.labels and not args.weights:
         parser.error("--labels goes with --weights: the ImageNet weights have ImageNet's labels")

@@ -99,7 +99,7 @@ def new_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("server").add_argument
     text = "TorchServe's inference address (default: %(default)s)"
     add("--url", type=http_url, default="http://127.0.0.1:8080", help=text)
-    add("--model", default="resnet-18", help="the model's name in TorchServe (default: %(default)s)")
+    add("--model", default="resnet-18", metavar="NAME", help="the model's name in TorchServe (default: %(default)s)")
     text = "TorchServe's key file (default: the token in the variable TORCHSERVE_TOKEN, else ./key_file.json)"
     add("--token-file", type=Path, metavar="FILE", help=text)
     text = "TorchServe's management address, on the host of --url, to renew an expired token with the API key"

@@ -1,8 +1,7 @@
-"""The command lines: wrong usage, the types and defaults of the flags, and that the README has all of them."""
+"""The command lines: wrong usage, the types and defaults of the flags, and that docs/options.md has all of them."""
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 import create_mar_file
-from demo.node import PROJECT
+from docs.make_options import PAGE, options_page
 from edge import options
 from tests.support.frames import CLIP
 
@@ -160,15 +159,10 @@ def test_options_cannot_be_changed() -> None:
             setattr(parsed, field.name, None)
 
 
-@pytest.mark.parametrize(
-    "parse_args", [create_mar_file.parse_args, options.parse_args], ids=["create_mar_file.py", "request.py"]
-)
-def test_flags_are_all_in_the_readme(
-    parse_args: Callable[[list[str]], object], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        parse_args(["--help"])
-    flags = set(re.findall(r"--[a-z][a-z_-]+", capsys.readouterr().out)) - {"--help"}
-    assert len(flags) >= 4
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    assert [flag for flag in sorted(flags) if f"`{flag}" not in readme] == []
+def test_the_page_of_options_is_that_of_the_parsers() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == options_page(), "run `make options`"
+    for parser in (create_mar_file.new_parser(), options.new_parser()):
+        flags = re.findall(r"--[a-z][a-z_-]+", parser.format_help())
+        assert len(flags) >= 6
+        assert [flag for flag in flags if flag != "--help" and f"`{flag}" not in page] == []
