@@ -9,20 +9,22 @@ from edge import options
 PAGE = Path(__file__).with_name("options.md")
 INTRODUCTION = """# Options
 
-`make options` writes this page from the parsers of the two scripts; `--help` prints the same.
+`make options` writes this page from the parsers of the two scripts; their `--help` prints the same flags.
 """
 VARIABLES = """
 ## Environment variables
 
 | variable | read by | meaning |
 | --- | --- | --- |
-| `TORCHSERVE_TOKEN` | `request.py` | the token, instead of a key file; a `--token-file` has precedence |
-| `REQUESTS_CA_BUNDLE` | `request.py` | a file with the certificate authorities to trust |
-| `HTTPS_PROXY`, `HTTP_PROXY`, `NO_PROXY` | `request.py` | a proxy between the edge device and the server |
+| `TORCHSERVE_TOKEN` | `request.py` | the token, without the word Bearer; `--token-file` has precedence over it |
+| `REQUESTS_CA_BUNDLE` | `request.py` | a file with the certificates to trust, for a private certificate authority |
+| `HTTPS_PROXY`, `HTTP_PROXY`, `NO_PROXY` | `request.py` | a proxy on the way to `--url` |
 | `OPENCV_FFMPEG_CAPTURE_OPTIONS` | `request.py` | [options of FFmpeg](cameras-and-outputs.md#options-of-ffmpeg) |
+| `OPENCV_FFMPEG_LOGLEVEL` | `request.py` | FFmpeg's own messages, which are turned off unless it is set |
 | `TORCH_HOME` | `create_mar_file.py` | the folder of downloaded weights (default: `~/.cache/torch`) |
-| `TS_CONFIG_FILE` | `torchserve` | the same as its `--ts-config` |
-| `JAVA_HOME` | `torchserve` | the Java runtime |
+| `TS_CONFIG_FILE` | `torchserve` | its configuration; it has precedence over `--ts-config` |
+| `JAVA_HOME` | `torchserve` | the Java runtime, version 17 or newer |
+| `TEMP` | `torchserve` | the folder of the unpacked archives, from which workers start |
 """
 
 

@@ -99,8 +99,8 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     configure, build_2, start_2, stream_2, stream_10, stop_2 = commands("The client batches")
     (curl,) = commands("The HTTP interface", "docs/developing.md")
     (renew,) = commands("Keys", "docs/security.md")
-    (check,) = commands("Check before you stream", "docs/cameras-and-outputs.md")
-    (write,) = commands("Outputs", "docs/cameras-and-outputs.md")
+    (check,) = commands("Before you stream: --check", "docs/cameras-and-outputs.md")
+    (write,) = commands("Predictions on the terminal", "docs/cameras-and-outputs.md")
     keys = "cat key_file.json"
     first = {"build": build, "start": start, "stream": stream, "describe": DESCRIBE, "curl": curl}
     first |= {"old keys": keys, "renew": renew, "new keys": keys, "curl again": curl, "listeners": "ss -ltnH"}

@@ -30,7 +30,7 @@ COMMANDS_THAT_STAY = [
 COMMANDS_THAT_ARE_RUN = {
     "README.md": ["Quick start", "TorchServe batches", "The client batches"],
     "deploy/README.md": ["Several machines behind nginx"],
-    "docs/cameras-and-outputs.md": ["Check before you stream", "Outputs"],
+    "docs/cameras-and-outputs.md": ["Predictions on the terminal", "Before you stream: --check"],
     "docs/developing.md": ["The HTTP interface"],
     "docs/security.md": ["Keys"],
     "docs/troubleshooting.md": ["The weights can't be downloaded"],
