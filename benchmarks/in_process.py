@@ -12,7 +12,7 @@ from tests.support.in_process import Model
 
 
 def _classify(archive: Path, images: Sequence[bytes], commands: "Connection[Any, Any]") -> None:
-    """Run in each process: for each command (batch size, seconds) classify batches, and report the frames a second."""
+    """Run in each process: for each command (batch size, seconds) classify batches; report frames/s and batches."""
     model = Model(archive)
     commands.send(None)
     while (command := commands.recv()) is not None:
@@ -21,7 +21,7 @@ def _classify(archive: Path, images: Sequence[bytes], commands: "Connection[Any,
         while time.monotonic() < start + seconds:
             model.answers([images[(count + index) % len(images)] for index in range(size)])
             count += size
-        commands.send(count / (time.monotonic() - start))
+        commands.send((count / (time.monotonic() - start), count // size))
 
 
 class Ceiling:
@@ -30,11 +30,12 @@ class Ceiling:
     def __init__(self, pipes: "Sequence[Connection[Any, Any]]") -> None:
         self._pipes = pipes
 
-    def fps(self, batch_size: int, seconds: float) -> float:
-        """Return the frames a second that all processes classify together, in batches."""
+    def measure(self, batch_size: int, seconds: float) -> tuple[float, int]:
+        """Return the frames a second that all processes classify together, and the number of their batches."""
         for pipe in self._pipes:
             pipe.send((batch_size, seconds))
-        return float(sum(pipe.recv() for pipe in self._pipes))
+        measured = [pipe.recv() for pipe in self._pipes]
+        return sum(fps for fps, _ in measured), sum(batches for _, batches in measured)
 
 
 @contextmanager

@@ -8,38 +8,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import numpy as np
+from benchmarks.figures import Request
 
 TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """fps: answered frames a second. p50_ms, p99_ms: from a request to its answer. frames: answered in total."""
+    """All requests, those of the warm-up included, and the time that is measured."""
 
-    fps: float
-    p50_ms: float
-    p99_ms: float
-    frames: int
+    requests: list[Request]
+    begin: float
+    end: float
 
 
 def saturate(
-    url: str,
-    headers: dict[str, str],
-    bodies: Sequence[bytes],
-    frames_per_body: int,
-    in_flight: int,
-    warm_up_s: float,
-    seconds: float,
+    url: str, headers: dict[str, str], bodies: Sequence[bytes], in_flight: int, warm_up_s: float, seconds: float
 ) -> Measured:
     """Keep `in_flight` requests in flight, and measure after `warm_up_s` seconds for `seconds` seconds.
 
-    Raises RuntimeError if any answer is not 200, or contains an error for a frame.
+    Raises RuntimeError if any response is not 200, or contains an error for a frame.
     """
     address = urlsplit(url)
     begin = time.monotonic() + warm_up_s
     end = begin + seconds
-    answered: list[tuple[float, float]] = []  # time of the answer, and latency
+    requests: list[Request] = []
     errors: list[str] = []
     round_robin = itertools.cycle(bodies)
 
@@ -52,8 +45,7 @@ def saturate(
                 body = response.read()
                 if response.status != http.client.OK or b'"error"' in body:
                     errors.append(f"{url}: {response.status} {body[:300]!r}")
-                now = time.monotonic()
-                answered.append((now, now - sent))
+                requests.append(Request(sent, time.monotonic()))
         except OSError as error:
             errors.append(f"{url}: {error}")
         finally:
@@ -66,6 +58,4 @@ def saturate(
         thread.join()
     if errors:
         raise RuntimeError(errors[0])
-    latencies = [took for when, took in answered if begin <= when < end]
-    p50, p99 = np.percentile(latencies, [50, 99]) * 1000
-    return Measured(len(latencies) * frames_per_body / seconds, float(p50), float(p99), frames_per_body * len(answered))
+    return Measured(requests, begin, end)

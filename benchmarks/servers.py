@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +52,10 @@ class Server:
         return sum(member.memory_full_info().pss for member in self.family()) / 1e6
 
 
+def progress(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
 def build_archive(folder: Path, weights: Path, *flags: str) -> Path:
     """Build ResNet-18's archive in a folder, as a user does."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,9 +98,10 @@ def other(name: str, folder: Path, archive: Path, workers: int, batch_size: int,
     """LitServe or mosec ("lit", "mosec") with our handler; a batch size of 1 is for JSON batches."""
     folder.mkdir(parents=True)
     [port] = free_ports(1)
+    scratch = tempfile.mkdtemp(prefix="bench-")  # The path of a socket may have no more than 107 characters.
     environment = os.environ | {
         "PYTHONPATH": str(PROJECT),
-        "TMPDIR": str(folder),
+        "TMPDIR": scratch,
         "BENCH_ARCHIVE": str(archive),
         "BENCH_WORKERS": str(workers),
         "BENCH_BATCH_SIZE": str(batch_size),
@@ -114,6 +121,7 @@ def other(name: str, folder: Path, archive: Path, workers: int, batch_size: int,
             yield Server(url, {}, process)
         finally:
             end(process)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def is_up(url: str) -> bool:
