@@ -174,7 +174,8 @@ class Camera:
             problem = f"no camera {self.name}: check that it is plugged in and that no other program uses it"
         else:
             self._check_path()
-            capture = cv2.VideoCapture(self._source)
+            # FFmpeg takes a relative path with a colon for a URL.
+            capture = cv2.VideoCapture(str(Path(self._source).absolute()))
             problem = f"{self.name} is no video that OpenCV can read"
         if not capture.isOpened():
             raise SourceError(problem)
@@ -187,6 +188,10 @@ class Camera:
 
     def _check_path(self) -> None:
         path = Path(self._source)
+        try:
+            self._source.encode()
+        except UnicodeEncodeError as error:
+            raise SourceError(f"{self.name} is a name that is not UTF-8: rename the file") from error
         if not path.exists():
             # The part before an @ may be a password, in an address without its scheme.
             raise SourceError(

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +66,14 @@ class Options:
 def parse_args(argv: list[str] | None = None) -> Options:
     """Return the options. Wrong usage ends the program with exit code 2."""
     parser = new_parser()
-    return complete(parser, parser.parse_args(argv))
+    arguments: list[str] = []
+    for value in sys.argv[1:] if argv is None else argv:
+        # argparse takes a file name that begins with - for a flag.
+        if arguments and arguments[-1] == "--input" and re.match("-[^-]", value):
+            arguments[-1] = f"--input={value}"
+        else:
+            arguments.append(value)
+    return complete(parser, parser.parse_args(arguments))
 
 
 def new_parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from edge.cameras import Camera
+from edge.errors import OutputError
 from edge.frames import Result
 from edge.options import VIDEO_CODECS
 from edge.outputs import Output, open_output
@@ -18,6 +19,8 @@ MAX_STILL_S = 10.0  # One frame is repeated no longer than this, however long th
 MAX_LABELS = 3
 DISK_RESERVE = 10_000_000  # bytes that a video leaves free
 DISK_CHECK_FRAMES = 25
+MAX_TIMEBASE = 65_535  # of MPEG-4
+PROBE_SIZE = (64, 48)  # of a video that is only opened, to know whether it can be
 
 
 def live_repeats(written: int, elapsed_s: float, fps: float) -> tuple[int, float]:
@@ -32,6 +35,17 @@ def live_repeats(written: int, elapsed_s: float, fps: float) -> tuple[int, float
     return max(0, min(due, most)), max(0, due - most) / fps
 
 
+def new_writer(path: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
+    """Return OpenCV's writer of a video, `size` is (width, height). It may not be open.
+
+    FFmpeg takes a relative path with a colon for a URL. OpenCV states the rate as a fraction of a power of ten, and
+    MPEG-4 holds no more than 65,535 in it: the rate is rounded until it fits, by less than 0.01 %.
+    """
+    digits = next(digits for digits in (3, 2, 1, 0) if fps * 10**digits <= MAX_TIMEBASE or not digits)
+    codec = cv2.VideoWriter.fourcc(*VIDEO_CODECS[path.suffix.lower()])
+    return cv2.VideoWriter(str(path.absolute()), cv2.CAP_FFMPEG, codec, round(fps, digits), size)
+
+
 class Video(Output):
     """Writes the annotated video of one camera, in the size of its first frame. Raises OutputError if it can't.
 
@@ -43,6 +57,8 @@ class Video(Output):
         self.name = str(path)
         self._lock = open_output(path)  # held until close()
         self._lock.truncate(0)
+        if not new_writer(path, camera.fps, PROBE_SIZE).isOpened():
+            raise OutputError(f"OpenCV can't write {path} at {camera.fps:g} frames a second: try another name, or .avi")
         self._path, self._camera = path, camera
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
@@ -75,9 +91,8 @@ class Video(Output):
         self._last_image = image
 
     def _open(self, width: int, height: int) -> None:
-        codec = cv2.VideoWriter.fourcc(*VIDEO_CODECS[self._path.suffix.lower()])
         self._size = (width, height)
-        self._writer = cv2.VideoWriter(str(self._path), cv2.CAP_FFMPEG, codec, self._fps, self._size)
+        self._writer = new_writer(self._path, self._fps, self._size)
         if not self._writer.isOpened():
             raise OSError(f"OpenCV can't write {self._path}, {width} x {height} at {self._fps:g} frames a second")
 
@@ -96,7 +111,7 @@ class Video(Output):
             self._path.unlink()  # Without a frame it would be no video.
             return
         self._writer.release()
-        found = cv2.VideoCapture(str(self._path)).get(cv2.CAP_PROP_FRAME_COUNT)
+        found = cv2.VideoCapture(str(self._path.absolute())).get(cv2.CAP_PROP_FRAME_COUNT)
         if found < 0.99 * self._written - 1:
             raise OSError(f"{self._path} has not all of its {self._written} frames: is the disk full?")
 

@@ -1,6 +1,8 @@
 """edge/cameras.py: the pace of files, devices that are lost and come back, and names without passwords."""
 
 import logging
+import math
+import os
 import threading
 import time
 from pathlib import Path
@@ -243,3 +245,19 @@ def test_frames_of_a_file_are_those_that_opencv_reads(short_clip: Path) -> None:
 def test_image_that_jpeg_cannot_hold_is_an_error_of_the_source() -> None:
     with pytest.raises(SourceError, match=r"camera: OpenCV can't encode an image of shape \(1, 70000, 3\) as JPEG"):
         Camera("camera").encode(np.zeros((1, 70000, 3), np.uint8))
+
+
+def test_file_may_have_a_relative_name_with_a_colon(
+    short_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("12:00:00.mp4").write_bytes(short_clip.read_bytes())
+    assert len(list(Camera("12:00:00.mp4", fps=math.inf).frames(threading.Event()))) == len(frames_of(short_clip))
+
+
+def test_name_that_is_not_utf_8_is_an_error(tmp_path: Path, short_clip: Path) -> None:
+    """OpenCV would end the process."""
+    path = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4")
+    Path(path).write_bytes(short_clip.read_bytes())
+    with pytest.raises(SourceError, match="is a name that is not UTF-8: rename the file"):
+        Camera(path).check()

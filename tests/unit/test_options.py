@@ -152,6 +152,12 @@ def test_values_of_flags(flags: list[str], name: str, value: Any) -> None:
     assert type(found) is type(value)
 
 
+def test_input_may_begin_with_a_hyphen(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--input", "-x.mp4", "--loop", "--input=-y.mp4", "--input", "z.mp4"]
+    assert options.parse_args(arguments).input == ["-x.mp4", "-y.mp4", "z.mp4"]
+    assert "expected one argument" in usage_error(["--input", "--loop"], capsys)
+
+
 def test_options_cannot_be_changed() -> None:
     parsed = options.parse_args([])
     for field in fields(parsed):

@@ -192,6 +192,36 @@ def test_video_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         Video(tmp_path / "no" / "out.mp4", FILE)
 
 
+@pytest.mark.parametrize("suffix", options.VIDEO_CODECS)
+@pytest.mark.parametrize("fps", [0.5, 23.976, 29.97, 66.667, 119.963, 240.0, 480.0, 1000.0, NTSC])
+def test_videos_of_all_rates_can_be_written(tmp_path: Path, suffix: str, fps: float) -> None:
+    camera = Camera(str(CLIP))
+    camera.fps = fps
+    output = Video(tmp_path / f"out{suffix}", camera)
+    for number in range(1, 6):
+        output.write(result(number, camera))
+    output.close()
+    capture = cv2.VideoCapture(str(tmp_path / f"out{suffix}"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(fps, rel=2e-4)
+    assert len(frames_of(tmp_path / f"out{suffix}")) == 5
+
+
+def test_video_may_have_a_relative_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = Video(Path("12:00:00.mp4"), FILE)
+    output.write(result(1))
+    output.close()
+    assert len(frames_of(tmp_path / "12:00:00.mp4")) == 1
+
+
+def test_video_that_opencv_cannot_write_is_an_error_before_the_first_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(options.VIDEO_CODECS, ".mp4", "xxxx")
+    with pytest.raises(OutputError, match=r"OpenCV can't write .*out.mp4 at 25 frames a second"):
+        Video(tmp_path / "out.mp4", FILE)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
 def test_video_that_another_run_is_writing_is_refused_and_keeps_its_frames(tmp_path: Path) -> None:
     path = tmp_path / "out.mkv"
