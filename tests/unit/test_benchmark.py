@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.figures import (
+    Record,
     Request,
     count_latencies,
     highest,
@@ -80,8 +81,8 @@ def test_rounds_are_pooled_and_their_requests_counted() -> None:
     assert highest(pool(rounds)) == "p99 20 ms"
 
 
-def records(server: str, fps: list[float], requests: int) -> list[dict[str, object]]:
-    head = {"server": server, "kind": "single", "instruction_sets": "avx2"}
+def records(server: str, fps: list[float], requests: int) -> list[Record]:
+    head: Record = {"server": server, "kind": "single", "instruction_sets": "avx2"}
     return [
         head | {"round": number, "fps": each} | latency_fields([20.0] * requests)
         for number, each in enumerate(fps, start=1)
