@@ -19,9 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
-import yaml
-from torchvision.models import ResNet18_Weights
+try:
+    import torch
+    import yaml
+    from torchvision.models import ResNet18_Weights
+except ImportError as error:
+    sys.exit(f"create_mar_file.py: {error}: install the packages of a server, pip install '<project folder>[server]'")
 
 HERE = Path(__file__).resolve().parent
 RESNET18 = ResNet18_Weights.IMAGENET1K_V1

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import create_mar_file
+from demo.node import PROJECT
 from tests.support.networks import random_resnet18
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -116,3 +119,12 @@ def test_unwritable_model_store_is_one_line(tmp_path: Path, weights: Path, capsy
     error = capsys.readouterr().err
     assert "model_store" in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("package", ["torch", "yaml", "torchvision.models"])
+def test_edge_device_without_the_packages_of_a_server_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"create_mar_file.py: .*{package}.*: install the packages of a server, pip "):
+        runpy.run_path(str(PROJECT / "create_mar_file.py"), run_name="__main__")
