@@ -10,10 +10,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.figures import Record, distinct, matching, percentiles, pool, values
 from benchmarks.plan import BF16, FP32, KINDS
-
-
-def label(kind: str) -> str:
-    return "single frames" if kind == "single" else f"batches of {kind[5:]}"
+from benchmarks.tables import label
 
 
 def plot_saturation(records: list[Record], path: Path) -> None:

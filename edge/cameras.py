@@ -19,9 +19,9 @@ from edge.timing import Timing, backoff_s
 DEFAULT_FPS = 25.0  # of a source that states no frame rate, or an implausible one
 MAX_FPS = 240.0
 # Passwords in the query or path of a URL, where many cameras take them: ?user=admin&pwd=... A value is masked if its
-# whole key, or a part of it between - or _, is such a word. That of ?side=left is shown.
+# whole key, or a part of it between - or _, is such a word, or ends in one that is unmistakable. ?side=left is shown.
 SECRET = re.compile(
-    r"(?<=[?&;/])((?:[^=/?&;]*[-_])?(?:(?:access|api|auth|login|session|user)*"
+    r"(?<=[?&;/#])((?:[^=/?&;]*(?:[-_]|(?=passwd|password|pwd|secret|token)))?(?:(?:access|api|auth|login|session|user)*"
     r"(?:auth|cred|key|login|pas|pass|psw|pw|pwd|secret|session|sid|sig|token|use|user|usr)"
     r"(?:code|entials?|id|name|nature|orization|phrase|s|wd|word)?)(?:[-_][^=/?&;]*)?=)[^&;#]*",
     re.IGNORECASE,

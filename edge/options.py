@@ -113,7 +113,8 @@ def new_parser() -> argparse.ArgumentParser:
     text = "TorchServe's management address, on the host of --url, to renew an expired token with the API key"
     text += " of the key file (default: port 8081 if --url is on this machine)"
     add("--management-url", type=http_url, metavar="URL", help=text)
-    text = "how long the start, and each frame of a file, waits for a server that does not respond (default: 30)"
+    text = "how long the start, and each frame of a file, waits for a server that does not respond"
+    text += " (default: %(default)g)"
     add("--server-wait", dest="server_wait_s", type=SECONDS, default=30.0, metavar="SECONDS", help=text)
     text = f"requests in flight (default: {BATCHES_IN_FLIGHT} JSON batches, or {BATCHES_IN_FLIGHT} times --batch_size"
     add("--max-in-flight", type=WHOLE, metavar="N", help=f"{text} single frames)")

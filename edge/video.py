@@ -58,6 +58,8 @@ class Video(Output):
         self._lock = open_output(path)  # held until close()
         self._lock.truncate(0)
         if not new_writer(path, camera.fps, PROBE_SIZE).isOpened():
+            self._lock.close()
+            path.unlink()
             raise OutputError(f"OpenCV can't write {path} at {camera.fps:g} frames a second: try another name, or .avi")
         self._path, self._camera = path, camera
         self._writer: cv2.VideoWriter | None = None

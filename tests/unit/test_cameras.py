@@ -221,6 +221,11 @@ def test_jpeg_quality(clip: list[Pixels]) -> None:
             "http://cam/v?access_token=***&X-Amz-Signature=***",
         ),
         ("http://cam/v?loginuse=admin&loginpas=hunter2&sid=hunter2", "http://cam/v?loginuse=***&loginpas=***&sid=***"),
+        (
+            "http://cam/v?adminpassword=hunter2&camtoken=hunter2&MyPwd=hunter2",
+            "http://cam/v?adminpassword=***&camtoken=***&MyPwd=***",
+        ),
+        ("http://cam/v#token=hunter2", "http://cam/v#token=***"),
         ("rtsp://10.0.0.7/live@main", "rtsp://10.0.0.7/live@main"),
         ("rtsp://10.0.0.7:554/live@main.sdp", "rtsp://10.0.0.7:554/live@main.sdp"),
         ("rtsp://[fe80::1]/live@main", "rtsp://[fe80::1]/live@main"),

@@ -220,6 +220,7 @@ def test_video_that_opencv_cannot_write_is_an_error_before_the_first_frame(
     monkeypatch.setitem(options.VIDEO_CODECS, ".mp4", "xxxx")
     with pytest.raises(OutputError, match=r"OpenCV can't write .*out.mp4 at 25 frames a second"):
         Video(tmp_path / "out.mp4", FILE)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
