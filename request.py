@@ -47,10 +47,9 @@ class Pipeline:
     ) -> None:
         self.stats = {camera: CameraStats() for camera in cameras}
         self.client, self.options, self.stop, self.timing = client, options, stop, timing
-        policies = {camera: options.drop or ("oldest" if camera.is_live else "none") for camera in cameras}
         window = REORDER_WINDOW * options.max_in_flight * options.frames_per_request
         timing = replace(timing, batch_wait_s=min(timing.batch_wait_s, options.max_age_s / 2))
-        self.buffer = FrameBuffer(max(MAX_WAITING_FRAMES, options.frames_per_request), policies, window, stop, timing)
+        self.buffer = FrameBuffer(max(MAX_WAITING_FRAMES, options.frames_per_request), cameras, window, stop, timing)
         self.results: queue.Queue[Result | Future[None]] = queue.Queue(MAX_RESULTS)  # and the ended threads
         self.error: BaseException | None = None
         self.source_error: SourceError | None = None
@@ -60,8 +59,8 @@ class Pipeline:
         try:
             for frame in camera.frames(self.stop):
                 self.stats[camera].captured += 1
-                if dropped := self.buffer.put(frame):
-                    reason = "the run ended" if self.stop.is_set() else "buffer full"
+                if dropped := self.buffer.put(frame) if frame.jpeg else frame:
+                    reason = "the run ended" if self.stop.is_set() else "buffer full" if frame.jpeg else "read too late"
                     self.results.put(Result.not_sent(dropped, "dropped", reason))
         finally:
             self.buffer.close(camera)
@@ -179,12 +178,12 @@ def stream(cameras: list[Camera], options: Options, stop: threading.Event, timin
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, timing = parse_args(argv), Timing()
+    options = parse_args(argv)
+    timing = Timing(stall_s=options.stall_timeout_s)
     stop, interrupted = threading.Event(), threading.Event()
     handle_signals(stop, interrupted)
-    cameras = [
-        Camera(name, options.fps, options.loop, options.resize, options.jpeg_quality, timing) for name in options.input
-    ]
+    settings = (options.fps, options.loop, options.resize, options.jpeg_quality, options.drop, timing)
+    cameras = [Camera(name, *settings) for name in options.input]
     if len({camera.name for camera in cameras}) < len(cameras):
         log.warning("two cameras have the same name: their results look alike")
     try:

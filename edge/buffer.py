@@ -4,14 +4,11 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
 
 from edge.cameras import Camera
 from edge.frames import Frame, Result
 from edge.timing import Timing
-
-DropPolicy = Literal["oldest", "newest", "none"]
 
 
 class FrameBuffer:
@@ -27,22 +24,22 @@ class FrameBuffer:
     def __init__(
         self,
         max_frames: int,
-        policies: Mapping[Camera, DropPolicy],
+        cameras: Sequence[Camera],
         reorder_window: int,
         stop: threading.Event,
         timing: Timing,
     ) -> None:
-        self._max_frames, self._policies, self._reorder_window = max_frames, policies, reorder_window
+        self._max_frames, self._reorder_window = max_frames, reorder_window
         self._stop, self._timing = stop, timing
-        self._queues: dict[Camera, deque[Frame]] = {camera: deque() for camera in policies}
-        self._unreleased = dict.fromkeys(policies, 0)
-        self._round_robin = deque(policies)
-        self._open = set(policies)
+        self._queues: dict[Camera, deque[Frame]] = {camera: deque() for camera in cameras}
+        self._unreleased = dict.fromkeys(cameras, 0)
+        self._round_robin = deque(cameras)
+        self._open = set(cameras)
         self._changed = threading.Condition()
 
     def put(self, frame: Frame) -> Frame | None:
         """Add a frame; return the frame that was dropped for it, which may be the frame itself."""
-        frames, policy = self._queues[frame.camera], self._policies[frame.camera]
+        frames, policy = self._queues[frame.camera], frame.camera.drop_policy
         with self._changed:
             self._wait_until(lambda: policy != "none" or len(frames) < self._max_frames)
             is_full = len(frames) >= self._max_frames

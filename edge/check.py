@@ -22,8 +22,12 @@ def check(cameras: Sequence[Camera], options: Options, stop: threading.Event, ti
     images, code = [], 0
     for camera in cameras:
         try:
-            images.append(camera.check())
-            size = f"{len(images[-1]):,} bytes per frame"
+            image = camera.check()
+            if image is None:
+                print(f"ok    camera {camera.name}: a pipe, which is read only once, by the run", flush=True)
+                continue
+            images.append(image)
+            size = f"{len(image):,} bytes per frame"
             print(f"ok    camera {camera.name}: states {camera.fps:g} frames/s, {size}", flush=True)
         except SourceError as error:
             print(f"FAIL  camera: {error}", flush=True)

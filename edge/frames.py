@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from edge.cameras import Camera
 
+DropPolicy = Literal["oldest", "newest", "none"]
 Outcome = Literal["answered", "failed", "dropped", "expired"]
 Prediction = dict[str, float]  # label -> probability
 
 
 @dataclass(frozen=True)
+class Image:
+    """An image as it was read; the times are those of a Frame.
+
+    pixels: (height, width, 3) uint8 BGR. None if it was read so late that it is not worth decoding.
+    """
+
+    captured_at: float
+    position_s: float | None
+    pixels: Any
+
+
+@dataclass(frozen=True)
 class Frame:
-    """One frame of a camera: its number from 1 in the order read, its JPEG, and when it was read (time.monotonic())."""
+    """One frame of a camera: its number from 1 in the order read, and its JPEG.
+
+    captured_at: when it was read from a file, or arrived from a live source, time.monotonic() seconds.
+    position_s: where it is in its file, in seconds; None for a live source.
+    jpeg: empty if it is not to be sent.
+    """
 
     camera: Camera
     number: int
     captured_at: float
     jpeg: bytes
+    position_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from urllib.parse import urlsplit
 
 import requests
 
-from edge.buffer import DropPolicy
-from edge.cameras import redact
+from edge.frames import DropPolicy
+from edge.sources import redact
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample_video.mp4"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-VIDEO_CODECS = {".mp4": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}  # what OpenCV can write without a system codec
+# H.264, which browsers play, where OpenCV has an encoder for it. The others need none of the system.
+VIDEO_CODECS = {".mp4": ("avc1", "mp4v"), ".mkv": ("avc1", "mp4v"), ".avi": ("MJPG",)}
 # TorchServe always finds a whole batch in its queue while its workers are busy with others; with twice as many in
 # flight, frames only wait longer (benchmarks/README.md).
 BATCHES_IN_FLIGHT = 4
@@ -37,6 +38,7 @@ class Options:
     resize: int | None
     jpeg_quality: int
     require_cameras: bool
+    stall_timeout_s: float
     url: str
     model: str
     token_file: Path | None
@@ -103,6 +105,9 @@ def new_parser() -> argparse.ArgumentParser:
     add("--jpeg-quality", type=QUALITY, default=95, metavar="N", help="1 to 100 (default: %(default)s)")
     text = "end at once if a live source can't be opened at the start (default: retry until it can)"
     add("--require-cameras", action="store_true", help=text)
+    text = "a network stream without a frame for so long is opened again; a camera of few frames a second gets 3 of its"
+    text += " intervals (default: %(default)g)"
+    add("--stall-timeout", dest="stall_timeout_s", type=STALL, default=5.0, metavar="SECONDS", help=text)
 
     add = parser.add_argument_group("server").add_argument
     text = "TorchServe's inference address (default: %(default)s)"
@@ -172,6 +177,7 @@ def number(expected: str, least: float, most: float, convert: Callable[[str], fl
 WHOLE = number("a whole number from 1", 1, sys.maxsize, int)
 QUALITY = number("1 to 100", 1, 100, int)
 SECONDS = number("seconds", 0, sys.float_info.max)
+STALL = number("seconds from 0.1 to 3600", 0.1, 3600)
 
 
 def milliseconds(text: str) -> float:

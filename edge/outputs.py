@@ -159,6 +159,7 @@ class JsonLines(Output):
             "camera": frame.camera.name,
             "frame": frame.number,
             "captured_at": captured_at.isoformat(timespec="milliseconds"),
+            "position_s": None if frame.position_s is None else round(frame.position_s, 3),
             "latency_ms": None if latency_s is None else round(1000 * latency_s, 1),
             "outcome": result.outcome,
             "predictions": result.predictions,

@@ -24,8 +24,14 @@ class Timing:
     report_after_s: float = 2.0  # shorter failures are not worth a line
     check_s: float = 2.0  # --check shows the state now: it does not wait for a server that is starting
 
-    camera_open_s: float = 5.0  # OpenCV opens one stream at a time: one that does not respond delays the next by this
-    camera_read_s: float = 5.0  # A live camera sends more than one frame in 5 s.
+    camera_open_s: float = 10.0  # FFmpeg watches a stream for 5 s to learn its frame rate
+    stall_s: float = 5.0  # A live camera sends more than one frame in 5 s: --stall-timeout
+    max_stall_s: float = 60.0  # however slow the camera is
+    playlist_stall_s: float = 30.0  # HLS and DASH deliver segments of up to 10 s
+    max_lag_s: float = 0.5  # Live frames that waited longer before they were read are skipped.
+    max_behind_s: float = 5.0  # Then a decoder that is slower than its camera gets more threads.
+    report_s: float = 60.0  # A camera that is lost again and again is reported once in this time.
+    probe_s: float = 60.0  # to read a file once more, at full speed
     first_reconnect_s: float = 0.5  # A camera that dropped a connection accepts the next one.
     max_reconnect_s: float = 3.0  # so that a camera that is back is found within 3 s
 

@@ -42,15 +42,20 @@ def new_writer(path: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWriter
     MPEG-4 holds no more than 65,535 in it: the rate is rounded until it fits, by less than 0.01 %.
     """
     digits = next(digits for digits in (3, 2, 1, 0) if fps * 10**digits <= MAX_TIMEBASE or not digits)
-    codec = cv2.VideoWriter.fourcc(*VIDEO_CODECS[path.suffix.lower()])
-    return cv2.VideoWriter(str(path.absolute()), cv2.CAP_FFMPEG, codec, round(fps, digits), size)
+    for codec in VIDEO_CODECS[path.suffix.lower()]:
+        fourcc = cv2.VideoWriter.fourcc(*codec)
+        writer = cv2.VideoWriter(str(path.absolute()), cv2.CAP_FFMPEG, fourcc, round(fps, digits), size)
+        if writer.isOpened():
+            break
+    return writer
 
 
 class Video(Output):
     """Writes the annotated video of one camera, in the size of its first frame. Raises OutputError if it can't.
 
-    A file keeps its timing: frames that were not sent are replaced by the frame before them. A live source is written
-    at the rate that it states, see live_repeats().
+    A frame of a file gets the time that it has in the file: the frame before it is repeated until then. Frames that
+    were not sent are replaced by the frame before them. A live source is written at the rate that it states, see
+    live_repeats().
     """
 
     def __init__(self, path: Path, camera: Camera) -> None:
@@ -68,6 +73,8 @@ class Video(Output):
         self._written = 0
         self._fps = 0.0
         self._start = 0.0  # of a live source: when its first frame was captured, plus the seconds left out
+        self._position_s = 0.0  # of a file: that of the last frame
+        self._passes_s = 0.0  # of a file that is repeated: the seconds before its last begin
 
     def write(self, result: Result) -> None:
         frame, image = result.frame, self._last_image
@@ -76,17 +83,21 @@ class Video(Output):
         if frame.jpeg:
             image = annotate(result)
             if self._writer is None:
-                self._start, self._fps = frame.captured_at, frame.camera.fps
+                self._start, self._fps = frame.captured_at, frame.camera.video_fps()
                 self._open(image.shape[1], image.shape[0])
             if image.shape[1::-1] != self._size:
                 image = cv2.resize(image, self._size)
         if self._writer is None:
             return  # no image yet
-        if frame.camera.is_live:
+        if frame.position_s is None:
             repeats, left_out_s = live_repeats(self._written, frame.captured_at - self._start, self._fps)
             self._start += left_out_s
         else:
-            repeats = frame.number - self._written
+            if frame.position_s < self._position_s:
+                self._passes_s += self._position_s + 1 / frame.camera.fps
+            self._position_s = frame.position_s
+            due = 1 + round((self._passes_s + frame.position_s) * self._fps)
+            repeats = max(1, due - self._written)
         still = image if self._last_image is None else self._last_image
         for each in [still] * (repeats - 1) + [image] * min(repeats, 1):
             self._write_image(each)

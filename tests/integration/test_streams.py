@@ -82,7 +82,7 @@ def test_stream_that_is_cut_goes_on_when_it_is_back(stop: threading.Event, caplo
 
 def test_stream_that_stalls_is_opened_again(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
     with mjpeg_camera(jpegs(20)) as server:
-        frames = Camera(server.url, timing=Timing(camera_read_s=0.5)).frames(stop)
+        frames = Camera(server.url, timing=Timing(stall_s=0.5)).frames(stop)
         next(frames)
         server.mode, stalled_at = "stalled", time.time()
         stream_again(server, caplog)

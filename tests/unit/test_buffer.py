@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.buffer import DropPolicy, FrameBuffer, ReorderBuffer
+from edge.buffer import FrameBuffer, ReorderBuffer
 from edge.cameras import Camera
-from edge.frames import Frame, Result
+from edge.frames import DropPolicy, Frame, Result
 from edge.timing import Timing
 
 A, B, C = Camera("0"), Camera("1"), Camera("2")
@@ -45,7 +45,9 @@ def make_buffer(
     batch_wait_s: float = 1.0,
 ) -> FrameBuffer:
     timing = Timing(batch_wait_s=batch_wait_s)
-    return FrameBuffer(max_frames, policies, reorder_window, stop or threading.Event(), timing)
+    for camera, policy in policies.items():
+        camera.drop = policy
+    return FrameBuffer(max_frames, list(policies), reorder_window, stop or threading.Event(), timing)
 
 
 def fill(buffer: FrameBuffer, camera: Camera, count: int) -> None:

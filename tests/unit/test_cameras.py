@@ -12,13 +12,14 @@ import cv2
 import numpy as np
 import pytest
 
-from edge.cameras import Camera, redact
+from edge.cameras import Camera
 from edge.errors import SourceError
 from edge.frames import Frame
+from edge.sources import redact
 from edge.timing import Timing
 from tests.support.frames import CLIP, Pixels, frames_of, jpeg
 
-SHORT_PAUSES = Timing(first_reconnect_s=0.01)
+SHORT_PAUSES = Timing(first_reconnect_s=0.01, report_s=0)
 
 
 def size(frame: Frame) -> tuple[int, int]:
@@ -43,8 +44,8 @@ class Capture:
     def isOpened(self) -> bool:
         return True
 
-    def get(self, _: int) -> float:
-        return self.fps
+    def get(self, what: int) -> float:
+        return {cv2.CAP_PROP_FPS: self.fps, cv2.CAP_PROP_FRAME_COUNT: self.frames}.get(what, 0.0)
 
     def grab(self) -> bool:
         self.left -= 1
@@ -136,7 +137,6 @@ def test_file_without_a_frame_rate_plays_at_25(
     capture: type[Capture], monkeypatch: pytest.MonkeyPatch, fps: float
 ) -> None:
     monkeypatch.setattr(capture, "fps", fps)
-    monkeypatch.setattr(capture, "get", lambda _, what: fps if what == cv2.CAP_PROP_FPS else 3.0)
     frames = list(Camera(str(CLIP)).frames(threading.Event()))
     assert len(frames) == 3
     assert frames[-1].captured_at - frames[0].captured_at > 1.5 / 25

@@ -92,6 +92,7 @@ def test_defaults() -> None:
         resize=None,
         jpeg_quality=95,
         require_cameras=False,
+        stall_timeout_s=5.0,
         url="http://127.0.0.1:8080",
         model="resnet-18",
         token_file=None,

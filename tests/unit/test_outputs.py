@@ -186,7 +186,7 @@ def test_json_lines(tmp_path: Path) -> None:
     output = JsonLines(str(tmp_path / "out.jsonl"))
     now = datetime.now(timezone.utc)
     output.write(result(1, LIVE, at=time.monotonic() - 100))
-    output.write(dropped(2, LIVE, at=time.monotonic()))
+    output.write(dropped(2, FILE, at=time.monotonic()))
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     output.close()
     assert (now - datetime.fromisoformat(lines[0].pop("captured_at"))).total_seconds() == pytest.approx(100, abs=5)
@@ -195,14 +195,16 @@ def test_json_lines(tmp_path: Path) -> None:
         {
             "camera": "rtsp://cam/live?channel=1",
             "frame": 1,
+            "position_s": None,
             "latency_ms": 100.0,
             "outcome": "answered",
             "predictions": CAT,
             "error": None,
         },
         {
-            "camera": "rtsp://cam/live?channel=1",
+            "camera": str(CLIP),
             "frame": 2,
+            "position_s": 0.04,
             "latency_ms": None,
             "outcome": "dropped",
             "predictions": None,

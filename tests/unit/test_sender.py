@@ -50,8 +50,8 @@ class Client:
 
 def send(client: Client, stop: threading.Event, *flags: str) -> list[tuple[int, str, str | None]]:
     """Read and send the frames of AGES_S; return the number, outcome and error of those that were not sent."""
-    camera = AgedFrames("0")
-    options = parse_args(["--drop", "none", *flags])
+    camera = AgedFrames("0", drop="none")
+    options = parse_args(list(flags))
     pipeline = Pipeline([camera], cast(TorchServeClient, client), options, stop, Timing())
     reader = threading.Thread(target=pipeline.read_frames, args=[camera])
     reader.start()

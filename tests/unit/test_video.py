@@ -156,7 +156,7 @@ def test_video_that_was_cut_off_is_an_error(tmp_path: Path, suffix: str) -> None
     try:
         for number in range(1, 60):
             image = jpeg(noise.integers(0, 255, (480, 640, 3), np.uint8))
-            video.write(Result.failed(Frame(FILE, number, 0.0, image), "x"))
+            video.write(Result.failed(Frame(FILE, number, 0.0, image, (number - 1) / 25), "x"))
         with pytest.raises(OSError, match=f"{path} has not all of its 59 frames"):
             video.close()
     finally:
@@ -167,7 +167,7 @@ def test_video_accepts_another_resolution(tmp_path: Path) -> None:
     video = Video(tmp_path / "out.mp4", FILE)
     video.write(result(1))
     larger = jpeg(np.full((480, 640, 3), 200, np.uint8))
-    video.write(Result.failed(Frame(FILE, 2, 0.0, larger), "503 has no worker"))
+    video.write(Result.failed(Frame(FILE, 2, 0.0, larger, 0.04), "503 has no worker"))
     video.close()
     assert [frame.shape for frame in frames_of(tmp_path / "out.mp4")] == [(48, 64, 3)] * 2
 
@@ -195,11 +195,10 @@ def test_video_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", options.VIDEO_CODECS)
 @pytest.mark.parametrize("fps", [0.5, 23.976, 29.97, 66.667, 119.963, 240.0, 480.0, 1000.0, NTSC])
 def test_videos_of_all_rates_can_be_written(tmp_path: Path, suffix: str, fps: float) -> None:
-    camera = Camera(str(CLIP))
-    camera.fps = fps
+    camera = live_camera(fps)
     output = Video(tmp_path / f"out{suffix}", camera)
     for number in range(1, 6):
-        output.write(result(number, camera))
+        output.write(result(number, camera, 50 + number / fps))
     output.close()
     capture = cv2.VideoCapture(str(tmp_path / f"out{suffix}"))
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(fps, rel=2e-4)
@@ -217,7 +216,7 @@ def test_video_may_have_a_relative_name_with_a_colon(tmp_path: Path, monkeypatch
 def test_video_that_opencv_cannot_write_is_an_error_before_the_first_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(options.VIDEO_CODECS, ".mp4", "xxxx")
+    monkeypatch.setitem(options.VIDEO_CODECS, ".mp4", ("xxxx",))
     with pytest.raises(OutputError, match=r"OpenCV can't write .*out.mp4 at 25 frames a second"):
         Video(tmp_path / "out.mp4", FILE)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,248 @@
+"""Live sources: devices and network streams, opened again whenever they are lost, with true capture times."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Literal
+
+import cv2
+
+from edge import sources
+from edge.errors import SourceError
+from edge.frames import Image
+from edge.probe import stream_problem
+from edge.timing import backoff_s
+
+if TYPE_CHECKING:
+    from edge.cameras import Camera
+
+MAX_FAILED_READS = 100  # in a row: frames that can't be decoded, or the end of the stream
+SNAPSHOT_FPS = 1.0  # of a URL that returns one image
+CLOCK_DRIFT = 0.001  # A camera's clock is more exact, about 0.0001.
+
+# A frame is buffered if FFmpeg read it while it opened the stream, and late if it waited too long to be read.
+State = Literal["current", "buffered", "late"]
+
+log = logging.getLogger(__name__)
+
+
+class LiveSource:
+    """Opens a live source, and opens it again whenever it is lost."""
+
+    def __init__(self, camera: Camera) -> None:
+        self._camera, self._timing = camera, camera.timing
+        self._losses = LossReport(camera.name, self._timing.report_s)
+        self._threads = 1
+        self._stall_s = self._timing.stall_s
+        self._intervals: deque[float] = deque(maxlen=5)  # between the last frames
+        self._arrived_at: float | None = None  # of the last frame; None after an interruption that was no stall
+        self._is_snapshot = False
+        self._held_frames: int | None = None  # of the decoder; None: the stream has no time stamps
+
+    def images(self, stop: threading.Event) -> Generator[Image, None, cv2.VideoCapture | None]:
+        """Yield images until `stop` is set, or return what was opened if it turns out to have an end."""
+        attempt = 0
+        while not stop.is_set():
+            error: Exception = SourceError("no more frames come")
+            self._is_snapshot, opened_at = False, time.monotonic()
+            try:
+                capture = self._open()
+                if self._camera.kind == "stream" and sources.has_end(self._camera.source, capture, self._stall_s):
+                    return capture
+                for image in self._sample(capture, stop):
+                    self._losses.found(image.captured_at)
+                    attempt = 0
+                    yield image
+            except (SourceError, cv2.error) as caught:
+                error = caught
+            if self._is_snapshot:
+                interval_s = self._camera.interval_s or 1 / SNAPSHOT_FPS
+                stop.wait(max(0.0, opened_at + interval_s - time.monotonic()))
+            elif not stop.is_set():
+                if self._losses.lost():
+                    self._losses.report(self._text(error))
+                stop.wait(backoff_s(self._timing.first_reconnect_s, self._timing.max_reconnect_s, attempt))
+                attempt += 1
+        return None
+
+    def _open(self) -> cv2.VideoCapture:
+        """Open the source and read its frame rate. Raises SourceError if that fails."""
+        camera, stall_s = self._camera, self._timing.stall_s
+        if self._intervals:  # A camera of one frame in 5 s does not stall after 5 s.
+            stall_s = max(stall_s, min(3 * statistics.median(self._intervals), self._timing.max_stall_s))
+        if sources.is_playlist(camera.source):
+            stall_s = max(stall_s, self._timing.playlist_stall_s)
+        self._stall_s = stall_s
+        open_s = max(self._timing.camera_open_s, 2 * stall_s)
+        capture = sources.open_source(camera.source, camera.kind, open_s, stall_s, self._threads)
+        self._held_frames = sources.held_frames(camera.source, capture, self._threads)
+        fps = sources.frame_rate(capture) or sources.DEFAULT_FPS
+        camera.fps = min(fps, 1 / camera.interval_s) if camera.interval_s else fps
+        return capture
+
+    def _text(self, error: Exception) -> str:
+        """Return why the source was lost, in one line and without its password."""
+        text = str(error)
+        if isinstance(error, sources.UnopenedStream):
+            text += f": {stream_problem(self._camera.source, self._timing.camera_open_s)}"
+        return " ".join(text.replace(self._camera.source, self._camera.name).split())
+
+    def _sample(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[Image]:
+        """Yield the images of an open source at the rate asked for, until no more come."""
+        is_playlist = sources.is_playlist(self._camera.source)
+        arrivals = (self._paced if is_playlist else self._clocked)(self._grabs(capture, stop), stop)
+        interval_s, due, count = self._camera.interval_s or 0.0, -math.inf, 0
+        held: Image | None = None
+        try:
+            for captured_at, state in arrivals:
+                if held and state != "buffered":
+                    yield held
+                    held = None
+                # Half an interval of tolerance: frames of a camera never arrive at regular times.
+                if captured_at < due - interval_s / 2:
+                    continue
+                ok, pixels = (False, None) if state == "late" else capture.retrieve()
+                image = Image(captured_at, None, pixels if ok else None)
+                count += 1
+                if state == "buffered":
+                    held = image
+                    continue
+                due = (due if captured_at < due + interval_s else captured_at) + interval_s
+                yield image
+            if held:
+                yield held
+            self._is_snapshot = count == 1 and sources.is_image(self._camera.source, capture)
+        finally:
+            capture.release()
+
+    def _grabs(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[tuple[float, float]]:
+        """Grab frame after frame; yield when each was read, and its time stamp in seconds.
+
+        Raises SourceError if no frame comes.
+        """
+        failures = 0
+        while not stop.is_set() and failures < MAX_FAILED_READS:
+            begin = time.monotonic()
+            ok = capture.grab()
+            now = time.monotonic()
+            # When FFmpeg stops waiting, OpenCV delivers the frames that the decoder still holds.
+            if self._camera.kind == "stream" and now - begin >= self._stall_s:
+                raise SourceError(f"no frame came for {self._stall_s:g} s (--stall-timeout)")
+            failures = 0 if ok else failures + 1
+            if ok:
+                if self._arrived_at is not None:
+                    self._intervals.append(now - self._arrived_at)
+                self._arrived_at = now
+                yield now, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        self._arrived_at = None
+
+    def _clocked(self, grabs: Iterator[tuple[float, float]], stop: threading.Event) -> Iterator[tuple[float, State]]:
+        """Yield when each frame arrived. Raises SourceError if the frames can't be decoded as fast as they come."""
+        clock = StreamClock(self._held_frames or 0)
+        is_late, behind_since = False, math.inf
+        for now, stamp_s in grabs:
+            if self._held_frames is None or stop.is_set():
+                yield now, "current"
+                continue
+            captured_at = clock.arrived_at(now, stamp_s)
+            is_late = (
+                clock.lag_s > self._timing.max_lag_s / (5 if is_late else 1) and self._camera.drop_policy != "none"
+            )
+            behind_since = min(behind_since, now) if is_late else math.inf
+            if now - behind_since > self._timing.max_behind_s:
+                self._threads = min(2 * self._threads, os.cpu_count() or 1)
+                text = f"it sends more than can be decoded: {self._threads} threads next, or choose a smaller stream"
+                raise SourceError(text)
+            yield captured_at, "late" if is_late else "current" if clock.is_current else "buffered"
+
+    def _paced(self, grabs: Iterator[tuple[float, float]], stop: threading.Event) -> Iterator[tuple[float, State]]:
+        """Yield the frames of a playlist at the intervals of their time stamps: they arrive in bursts of a segment."""
+        due, before_s = time.monotonic(), math.inf
+        for now, stamp_s in grabs:
+            due = max(due + max(0.0, stamp_s - before_s), now)
+            before_s = stamp_s
+            if stop.wait(max(0.0, due - time.monotonic())):
+                return
+            yield time.monotonic(), "current"
+
+
+class StreamClock:
+    """Tells when the frames of a stream arrived, also if they waited before they were read.
+
+    The time from a frame's time stamp to its arrival is the same for all frames, but for the unknown start of the time
+    stamps. Whatever a frame takes longer than the fastest one, it waited.
+
+    held_frames: FFmpeg delivers a frame when so many more have arrived. So the frame that is read now was there when
+        the frame that many before it was read.
+    """
+
+    def __init__(self, held_frames: int) -> None:
+        self.is_current = False  # Frames that FFmpeg buffered while it opened the stream come at once.
+        self.lag_s = 0.0  # how long the last frame waited before it was read
+        self._reads: deque[float] = deque(maxlen=held_frames + 1)
+        self._stamp_s = self._offset_s = math.inf
+        self._unstamped = 0
+
+    def arrived_at(self, now: float, stamp_s: float) -> float:
+        """Return when a frame arrived that was read now."""
+        elapsed_s = now - self._reads[-1] if self._reads else 0.0
+        step_s = stamp_s - self._stamp_s
+        self._reads.append(now)
+        self._stamp_s = stamp_s
+        if step_s <= 0:  # The time stamps begin anew, or there are none.
+            self._offset_s = math.inf
+            self._unstamped += step_s == 0
+        # Frames that were not buffered come at the intervals of their time stamps.
+        self.is_current = self.is_current or elapsed_s > 0.75 * step_s > 0 or self._unstamped > 2
+        self._offset_s = min(self._offset_s + CLOCK_DRIFT * elapsed_s, self._reads[0] - stamp_s)
+        self.lag_s = self._reads[0] - stamp_s - self._offset_s
+        return stamp_s + self._offset_s
+
+
+class LossReport:
+    """Reports that a camera is lost and that it is back; if that happens again and again, one line in `interval_s`."""
+
+    def __init__(self, name: str, interval_s: float) -> None:
+        self._name, self._interval_s = name, interval_s
+        self._seen_at, self._written_at = time.monotonic(), -math.inf
+        self._was_seen = self._is_lost = False
+        self._losses = 0  # since the last line
+        self._says_lost = self._says_often = False  # the last line
+
+    def lost(self) -> bool:
+        """Record that the camera is lost; return whether report() is due."""
+        self._losses += not self._is_lost
+        self._is_lost = True
+        return not self._says_lost and self._is_due()
+
+    def report(self, problem: str) -> None:
+        """Report that the camera is lost, and why."""
+        self._says_often = self._losses > 1
+        state = "lost" if self._was_seen else "not there"
+        self._write(f"the camera is {state}{self._often()}, {problem}; trying until it is back", says_lost=True)
+
+    def found(self, captured_at: float) -> None:
+        """Record a frame; report that the camera is back, if it was lost."""
+        if self._says_lost and not self._losses and not self._says_often:
+            self._write(f"the camera is back after {captured_at - self._seen_at:.1f} s", says_lost=False)
+        elif (self._says_lost or self._losses) and self._is_due():
+            self._write(f"the camera is back{self._often()}", says_lost=False)
+        self._was_seen, self._is_lost, self._seen_at = True, False, captured_at
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._written_at >= self._interval_s
+
+    def _often(self) -> str:
+        seconds = time.monotonic() - self._written_at
+        return f" ({self._losses} times in {seconds:.0f} s)" if self._losses > 1 else ""
+
+    def _write(self, text: str, says_lost: bool) -> None:
+        log.warning("%s: %s", self._name, text)
+        self._losses, self._says_lost, self._written_at = 0, says_lost, time.monotonic()

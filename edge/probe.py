@@ -1,0 +1,98 @@
+"""Why OpenCV can't read a source: FFmpeg states that on standard output, and only if asked for.
+
+This file is also the program of a process that opens the source once more, whose standard output can be read.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import cv2
+
+Task = Literal["open", "read"]
+
+# FFmpeg's levels of messages.
+ERROR, WARNING, DEBUG = 16, 24, 48
+CODECS = {"av01": "AV1", "AV01": "AV1", "hev1": "H.265", "hvc1": "H.265", "vvc1": "H.266", "vp09": "VP9"}
+ENCODE = "in a password write @ as %40, # as %23, / as %2F, : as %3A and % as %25"
+# What FFmpeg reports about a stream -> what is said instead: its own words may contain a part of the password.
+STREAM_PROBLEMS = {
+    "401 ": f"401 Unauthorized: check user and password; {ENCODE}",
+    "403 ": "403 Forbidden: check what this user may see",
+    "404 ": "404 Not Found: check the path of the address",
+    "Connection refused": "connection refused: check the port, and that the camera is on",
+    "Failed to resolve hostname": "unknown host: check the name in the address",
+    "No route to host": "no route to this host: check the address and the network",
+    "Network is unreachable": "the network is unreachable: check the address and the network",
+    "Connection timed out": "no response: check the address, and that the camera is on",
+    "Invalid data found": "what it sends is no video: check the path of the address",
+}
+
+
+def messages(source: str, task: Task, level: int, timeout_s: float) -> list[str] | None:
+    """Open a source, or read it to its end; return what FFmpeg reports, down to a level. None if that takes too long.
+
+    Standard input has the source, so that no password is in the list of processes.
+    """
+    environment = os.environ | {"OPENCV_FFMPEG_DEBUG": "1", "OPENCV_FFMPEG_LOGLEVEL": str(level)}
+    text = f"{source}\0{task}\0{1000 * timeout_s:.0f}"
+    command = [sys.executable, __file__]
+    try:
+        done = subprocess.run(
+            command, input=text.encode(), capture_output=True, env=environment, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return re.findall(r"^\[OPENCV:FFMPEG:\d+\] *(.+)", done.stdout.decode(errors="replace"), re.MULTILINE)
+
+
+def main() -> None:
+    source, task, timeout_ms = sys.stdin.read().split("\0")
+    timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, int(timeout_ms), cv2.CAP_PROP_READ_TIMEOUT_MSEC, int(timeout_ms)]
+    capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, timeouts)
+    failures = 0
+    while task == "read" and failures < 1000:
+        failures = 0 if capture.grab() else failures + 1
+
+
+def file_problem(path: Path, timeout_s: float = 10.0) -> str:
+    """Return why a file can't be opened."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if not head:
+        return "it is empty"
+    text = "\n".join(messages(str(path.absolute()), "open", DEBUG, timeout_s) or [])
+    if "moov atom not found" in text and head[4:8] == b"ftyp":
+        return "it has no index (moov), since its recording was not completed or a part of it is missing"
+    if codec := re.search(r"Video: (\w+)[^\n]*unknown codec", text):
+        return f"this OpenCV has no decoder for its codec, {codec[1].upper()}"
+    if "All info found" in text:
+        return "it has no video track"
+    return "its format is unknown"
+
+
+def no_frames_problem(codec: str) -> str:
+    """Return why a source that was opened has no frames; `codec` is its four letters."""
+    codec = CODECS.get(codec, codec) or "unknown"
+    return f"can be opened, but delivers no frames: OpenCV can't decode them, their codec is {codec}"
+
+
+def stream_problem(source: str, timeout_s: float) -> str:
+    """Open a network stream once more; return why that fails, without any part of its address."""
+    reports = messages(source, "open", WARNING, timeout_s)
+    if reports is None:
+        return f"no response within {timeout_s:g} s"
+    text = "\n".join(reports)
+    status = re.search(r"(?:HTTP error|failed:) ([45]\d\d [A-Za-z ]+)", text)
+    fallback = status[1].strip() if status else "check address and password, and that the stream is running"
+    problem = next((problem for report, problem in STREAM_PROBLEMS.items() if report in text), fallback)
+    userinfo, _, _ = source.split("://", 1)[1].rpartition("@")
+    is_parsed_wrong = re.search(r"[@#/?]|:.*:|%(?![0-9a-fA-F]{2})", userinfo) and ENCODE not in problem
+    return f"{problem}; {ENCODE}" if is_parsed_wrong else problem
+
+
+if __name__ == "__main__":
+    main()
