@@ -96,7 +96,16 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line, parse_constant=pytest.fail) for line in whole.splitlines()]
     numbers: dict[str, list[int]] = {}
     for line in lines:
-        assert list(line) == ["camera", "frame", "captured_at", "latency_ms", "outcome", "predictions", "error"]
+        assert list(line) == [
+            "camera",
+            "frame",
+            "captured_at",
+            "position_s",
+            "latency_ms",
+            "outcome",
+            "predictions",
+            "error",
+        ]
         assert (line["outcome"] == "answered") == (line["predictions"] is not None) == (line["error"] is None)
         assert (line["outcome"] == "answered") == (line["latency_ms"] is not None)
         assert datetime.fromisoformat(line["captured_at"]).utcoffset() == timedelta(0)
