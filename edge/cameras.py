@@ -74,6 +74,7 @@ class Camera:
             raise SourceError(f"{error}: {problem}") from error
         try:
             self.fps = sources.frame_rate(capture) or self.fps
+            self.frame_count = sources.frame_count(capture)
             ok, pixels = capture.read()
             if not ok:
                 raise SourceError(f"{self.name} {no_frames_problem(sources.fourcc(capture))}")

@@ -39,7 +39,7 @@ class Recording:
             stated = capture.get(cv2.CAP_PROP_FPS)
             log.warning("%s states %g frames a second: %g are used", camera.name, stated, sources.DEFAULT_FPS)
         camera.fps = fps or sources.DEFAULT_FPS
-        camera.frame_count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        camera.frame_count = sources.frame_count(capture)
         self._read = self._undecodable = 0  # frames of this pass
         self._position_s = 0.0
 

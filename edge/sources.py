@@ -205,13 +205,18 @@ def frame_rate(capture: cv2.VideoCapture) -> float | None:
     return fps if 0 < fps <= MAX_FPS else None
 
 
+def frame_count(capture: cv2.VideoCapture) -> int:
+    """Return the number of frames that a file states, 0 if it states none. It may be wrong."""
+    return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+
+
 def has_end(source: str, capture: cv2.VideoCapture, timeout_s: float) -> bool:
     """Whether a stream that was opened is a recording, which has an end, and not a camera.
 
     A recording states its duration, from which OpenCV has the number of frames. Some state none, for example a .ts
     file on an HTTP server that can't seek: then the response has a length. A camera's response has none.
     """
-    count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    count = frame_count(capture)
     if count > 1 or (count == 1 and not is_image(source, capture)):
         return True
     if not source.lower().startswith("http") or is_playlist(source) or fourcc(capture) in IMAGE_CODECS:
