@@ -23,8 +23,10 @@ from edge.timing import backoff_s
 if TYPE_CHECKING:
     from edge.cameras import Camera
 
+THREADS = 1  # of the decoder, at first: each of them holds back a frame
 MAX_FAILED_READS = 100  # in a row: frames that can't be decoded, or the end of the stream
 SNAPSHOT_FPS = 1.0  # of a URL that returns one image
+MAX_BUFFERED_S = 10.0  # of video, that FFmpeg reads while it opens a stream
 CLOCK_DRIFT = 0.001  # A camera's clock is more exact, about 0.0001.
 
 # A frame is buffered if FFmpeg read it while it opened the stream, and late if it waited too long to be read.
@@ -39,7 +41,7 @@ class LiveSource:
     def __init__(self, camera: Camera) -> None:
         self._camera, self._timing = camera, camera.timing
         self._losses = LossReport(camera.name, self._timing.report_s)
-        self._threads = 1
+        self._threads = THREADS
         self._stall_s = self._timing.stall_s
         self._intervals: deque[float] = deque(maxlen=5)  # between the last frames
         self._arrived_at: float | None = None  # of the last frame; None after an interruption that was no stall
@@ -48,17 +50,17 @@ class LiveSource:
 
     def images(self, stop: threading.Event) -> Generator[Image, None, cv2.VideoCapture | None]:
         """Yield images until `stop` is set, or return what was opened if it turns out to have an end."""
-        attempt = 0
+        attempt, may_have_end = 0, self._camera.kind == "stream"
         while not stop.is_set():
             error: Exception = SourceError("no more frames come")
             self._is_snapshot, opened_at = False, time.monotonic()
             try:
                 capture = self._open()
-                if self._camera.kind == "stream" and sources.has_end(self._camera.source, capture, self._stall_s):
+                if may_have_end and sources.has_end(self._camera.source, capture, self._stall_s):
                     return capture
                 for image in self._sample(capture, stop):
                     self._losses.found(image.captured_at)
-                    attempt = 0
+                    attempt, may_have_end = 0, False
                     yield image
             except (SourceError, cv2.error) as caught:
                 error = caught
@@ -108,9 +110,11 @@ class LiveSource:
                 # Half an interval of tolerance: frames of a camera never arrive at regular times.
                 if captured_at < due - interval_s / 2:
                     continue
-                ok, pixels = (False, None) if state == "late" else capture.retrieve()
-                image = Image(captured_at, None, pixels if ok else None)
+                ok, pixels = (True, None) if state == "late" else capture.retrieve()
+                if not ok:
+                    continue
                 count += 1
+                image = Image(captured_at, None, pixels)
                 if state == "buffered":
                     held = image
                     continue
@@ -152,9 +156,8 @@ class LiveSource:
                 yield now, "current"
                 continue
             captured_at = clock.arrived_at(now, stamp_s)
-            is_late = (
-                clock.lag_s > self._timing.max_lag_s / (5 if is_late else 1) and self._camera.drop_policy != "none"
-            )
+            limit_s = self._timing.max_lag_s / (5 if is_late else 1)
+            is_late = clock.lag_s > limit_s and self._camera.drop_policy != "none"
             behind_since = min(behind_since, now) if is_late else math.inf
             if now - behind_since > self._timing.max_behind_s:
                 self._threads = min(2 * self._threads, os.cpu_count() or 1)
@@ -166,8 +169,10 @@ class LiveSource:
         """Yield the frames of a playlist at the intervals of their time stamps: they arrive in bursts of a segment."""
         due, before_s = time.monotonic(), math.inf
         for now, stamp_s in grabs:
-            due = max(due + max(0.0, stamp_s - before_s), now)
-            before_s = stamp_s
+            step_s, before_s = stamp_s - before_s, stamp_s
+            if 0 < step_s < self._timing.playlist_stall_s:  # Otherwise the time stamps begin anew.
+                due += step_s
+            due = max(due, now)
             if stop.wait(max(0.0, due - time.monotonic())):
                 return
             yield time.monotonic(), "current"
@@ -186,21 +191,25 @@ class StreamClock:
     def __init__(self, held_frames: int) -> None:
         self.is_current = False  # Frames that FFmpeg buffered while it opened the stream come at once.
         self.lag_s = 0.0  # how long the last frame waited before it was read
+        self._held_frames = held_frames
         self._reads: deque[float] = deque(maxlen=held_frames + 1)
-        self._stamp_s = self._offset_s = math.inf
-        self._unstamped = 0
+        self._first_read = self._stamp_s = self._offset_s = math.inf
+        self._unbuffered = self._unstamped = 0  # frames
 
     def arrived_at(self, now: float, stamp_s: float) -> float:
         """Return when a frame arrived that was read now."""
         elapsed_s = now - self._reads[-1] if self._reads else 0.0
         step_s = stamp_s - self._stamp_s
         self._reads.append(now)
+        self._first_read = min(self._first_read, now)
         self._stamp_s = stamp_s
         if step_s <= 0:  # The time stamps begin anew, or there are none.
             self._offset_s = math.inf
             self._unstamped += step_s == 0
         # Frames that were not buffered come at the intervals of their time stamps.
-        self.is_current = self.is_current or elapsed_s > 0.75 * step_s > 0 or self._unstamped > 2
+        self._unbuffered += elapsed_s > 0.75 * step_s > 0
+        is_long_open = now - self._first_read > MAX_BUFFERED_S  # The time stamps are of another speed.
+        self.is_current = self._unbuffered >= max(1, self._held_frames) or self._unstamped > 2 or is_long_open
         self._offset_s = min(self._offset_s + CLOCK_DRIFT * elapsed_s, self._reads[0] - stamp_s)
         self.lag_s = self._reads[0] - stamp_s - self._offset_s
         return stamp_s + self._offset_s

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ INSTALL = {
     "curl": "apt-get install curl",
     "faketime": "apt-get install faketime",
     "g++": "apt-get install g++",
+    "gst-rtsp-server": "apt-get install python3-gi gir1.2-gst-rtsp-server-1.0 "
+    "gstreamer1.0-plugins-{base,good,bad,ugly}",
     "ip": "apt-get install iproute2",
     "nginx": "apt-get install nginx",
     "openssl": "apt-get install openssl",
@@ -25,10 +28,21 @@ INSTALL = {
 # mounts of their own, which end with the first of them.
 ISOLATED = ["unshare", "--net", "--pid", "--mount", "--map-root-user", "--fork", "--mount-proc", "--kill-child"]
 
+SYSTEM_PYTHON = "/usr/bin/python3"
+RTSP_CHECK = [
+    *(SYSTEM_PYTHON, "-c"),
+    "import gi; gi.require_version('Gst', '1.0'); gi.require_version('GstRtspServer', '1.0')\n"
+    "from gi.repository import Gst, GstRtspServer; Gst.init(None)\n"
+    "[Gst.ElementFactory.find(name).get_name() for name in ('x264enc', 'h264parse', 'rtph264pay', 'jpegenc')]",
+]
+
 
 @cache
 def is_there(program: str) -> bool:
     """Whether a program can be used."""
+    if program == "gst-rtsp-server":
+        # The system's Python imports it, and has the encoder.
+        return Path(SYSTEM_PYTHON).exists() and subprocess.run(RTSP_CHECK, capture_output=True).returncode == 0
     if shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), PATH])) is None:
         return False
     return program != "unshare" or subprocess.run([*ISOLATED, "true"], capture_output=True).returncode == 0
