@@ -105,7 +105,7 @@ class Recording:
         camera, read, stated = self._camera, self._read, self._camera.frame_count
         if not read:
             return f"{camera.name} {no_frames_problem(sources.fourcc(self._capture))}"
-        if read >= stated > 0:
+        if read >= stated > 0 or (camera.kind == "pipe" and not stated and not self._undecodable):
             return None
         if self._undecodable:
             problem = "the file is damaged"

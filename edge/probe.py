@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import cv2
+import requests
 
 Task = Literal["open", "read"]
 
@@ -85,13 +86,24 @@ def stream_problem(source: str, timeout_s: float) -> str:
     reports = messages(source, "open", WARNING, timeout_s)
     if reports is None:
         return f"no response within {timeout_s:g} s"
-    text = "\n".join(reports)
+    text = "\n".join(reports) or http_status(source, timeout_s)
     status = re.search(r"(?:HTTP error|failed:) ([45]\d\d [A-Za-z ]+)", text)
     fallback = status[1].strip() if status else "check address and password, and that the stream is running"
     problem = next((problem for report, problem in STREAM_PROBLEMS.items() if report in text), fallback)
     userinfo, _, _ = source.split("://", 1)[1].rpartition("@")
     is_parsed_wrong = re.search(r"[@#/?]|:.*:|%(?![0-9a-fA-F]{2})", userinfo) and ENCODE not in problem
     return f"{problem}; {ENCODE}" if is_parsed_wrong else problem
+
+
+def http_status(source: str, timeout_s: float) -> str:
+    """Return the status of a URL as FFmpeg reports it. It does not report 401, or a response that is no video."""
+    if not source.lower().startswith("http"):
+        return ""
+    try:
+        with requests.get(source, stream=True, timeout=timeout_s) as response:
+            return "Invalid data found" if response.ok else f"HTTP error {response.status_code} {response.reason}"
+    except (requests.RequestException, ValueError):
+        return ""
 
 
 if __name__ == "__main__":
