@@ -17,6 +17,7 @@ Task = Literal["open", "read"]
 
 # FFmpeg's levels of messages.
 ERROR, WARNING, DEBUG = 16, 24, 48
+START_S = 20.0  # for a new process, on a busy machine
 CODECS = {"av01": "AV1", "AV01": "AV1", "hev1": "H.265", "hvc1": "H.265", "vvc1": "H.266", "vp09": "VP9"}
 ENCODE = "in a password write @ as %40, # as %23, / as %2F, : as %3A and % as %25"
 # What FFmpeg reports about a stream -> what is said instead: its own words may contain a part of the password.
@@ -43,7 +44,7 @@ def messages(source: str, task: Task, level: int, timeout_s: float) -> list[str]
     command = [sys.executable, __file__]
     try:
         done = subprocess.run(
-            command, input=text.encode(), capture_output=True, env=environment, timeout=timeout_s, check=False
+            command, input=text.encode(), capture_output=True, env=environment, timeout=timeout_s + START_S
         )
     except subprocess.TimeoutExpired:
         return None
