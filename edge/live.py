@@ -235,22 +235,24 @@ class LossReport:
         """Report that the camera is lost, and why."""
         self._says_often = self._losses > 1
         state = "lost" if self._was_seen else "not there"
-        self._write(f"the camera is {state}{self._often()}, {problem}; trying until it is back", says_lost=True)
+        text = f"was lost {self._often()}, the last time: {problem}" if self._says_often else f"is {state}, {problem}"
+        self._write(f"the camera {text}; trying until it is back", says_lost=True)
 
     def found(self, captured_at: float) -> None:
         """Record a frame; report that the camera is back, if it was lost."""
         if self._says_lost and not self._losses and not self._says_often:
             self._write(f"the camera is back after {captured_at - self._seen_at:.1f} s", says_lost=False)
         elif (self._says_lost or self._losses) and self._is_due():
-            self._write(f"the camera is back{self._often()}", says_lost=False)
+            text = f"was lost {self._often()}, and is back" if self._losses else "is back"
+            self._write(f"the camera {text}", says_lost=False)
         self._was_seen, self._is_lost, self._seen_at = True, False, captured_at
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._written_at >= self._interval_s
 
     def _often(self) -> str:
-        seconds = time.monotonic() - self._written_at
-        return f" ({self._losses} times in {seconds:.0f} s)" if self._losses > 1 else ""
+        times = "once" if self._losses == 1 else f"{self._losses} times"
+        return f"{times} in {time.monotonic() - self._written_at:.0f} s"
 
     def _write(self, text: str, says_lost: bool) -> None:
         log.warning("%s: %s", self._name, text)

@@ -1,0 +1,209 @@
+"""edge/live.py: when frames arrived, a decoder that is too slow, and how often a lost camera is reported."""
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.cameras import Camera
+from edge.frames import Frame
+from edge.live import LossReport, StreamClock
+from edge.timing import Timing
+
+
+class Time:
+    """A clock that only the test advances."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    time = Time()
+    monkeypatch.setattr("time.monotonic", time)
+    return time
+
+
+def test_frames_that_wait_to_be_read_have_the_time_at_which_they_arrived() -> None:
+    """25 frames a second; nothing is read for 2 s, then everything at once."""
+    clock = StreamClock(held_frames=0)
+    for number in range(100):
+        arrived_at = 50 + number / 25
+        read_at = max(arrived_at, 53.0) if arrived_at > 51 else arrived_at
+        assert clock.arrived_at(read_at, 7 + number / 25) == pytest.approx(arrived_at, abs=0.01)
+        assert clock.lag_s == pytest.approx(read_at - arrived_at, abs=0.01)
+
+
+@pytest.mark.parametrize("held_frames", [0, 1, 2, 16])
+def test_frames_that_ffmpeg_held_back_have_the_time_at_which_they_arrived(held_frames: int) -> None:
+    """At first 30 frames come at once, that FFmpeg read while it opened the stream."""
+    clock, current = StreamClock(held_frames), []
+    for number in range(100):
+        arrived_at = 50 + number / 25
+        read_at = max(arrived_at + held_frames / 25, 50 + 30 / 25)
+        captured_at = clock.arrived_at(read_at, number / 25)
+        if clock.is_current:
+            current.append(number)
+            assert captured_at == pytest.approx(arrived_at, abs=0.041)
+            if number > 60:
+                assert captured_at == pytest.approx(arrived_at, abs=0.005)
+    assert current == list(range(current[0], 100))
+    assert current[0] <= 32 + held_frames
+
+
+@given(st.lists(st.floats(0, 0.2), min_size=50, max_size=100))
+def test_jitter_of_the_network_is_no_time_of_capture(delays_s: list[float]) -> None:
+    """Times never exceed the time of reading, and increase by the intervals of the camera or by less."""
+    clock, before = StreamClock(held_frames=0), -1.0
+    for number, delay_s in enumerate(delays_s):
+        captured_at = clock.arrived_at(50 + number / 5 + delay_s, number / 5)
+        assert 50 + number / 5 - 0.001 <= captured_at <= 50 + number / 5 + delay_s + 1e-6
+        assert captured_at > before
+        before = captured_at
+
+
+def test_time_stamps_that_begin_anew_or_are_missing_do_not_age_frames() -> None:
+    anew, jump = [0.0, 0.04, 0.08, 0.12, 0.0, 0.04, 0.08, 0.12], [9.0, 9.04, 9.08, 900.0, 900.04, 900.08]
+    for stamps in ([0.0] * 20, anew, jump):
+        clock = StreamClock(held_frames=0)
+        for number, stamp_s in enumerate(stamps):
+            now = 50 + number / 25
+            assert clock.arrived_at(now, stamp_s) == pytest.approx(now, abs=0.001)
+        assert clock.is_current
+
+
+def test_clocks_that_differ_do_not_age_frames() -> None:
+    """A camera's clock that is slow by 200 millionths, for an hour."""
+    clock = StreamClock(held_frames=0)
+    for second in range(3600):
+        captured_at = clock.arrived_at(50 + second * 1.0002, float(second))
+        assert captured_at == pytest.approx(50 + second * 1.0002, abs=0.001)
+
+
+class SlowDecoder:
+    """Stands in for cv2.VideoCapture: a stream of 25 frames a second, each of which takes 0.1 s to decode."""
+
+    time: Time
+    threads: list[int] = []  # noqa: RUF012
+
+    def __init__(self, *arguments: Any) -> None:
+        options = arguments[2]
+        self.threads.append(options[options.index(cv2.CAP_PROP_N_THREADS) + 1])
+        self.opened_at, self.number = self.time.now, 0
+
+    def isOpened(self) -> bool:
+        return True
+
+    def get(self, what: int) -> float:
+        return {cv2.CAP_PROP_FPS: 25.0, cv2.CAP_PROP_POS_MSEC: 40.0 * self.number}.get(what, 0.0)
+
+    def grab(self) -> bool:
+        self.number += 1
+        decoded_at = self.time.now + 0.1 / self.threads[-1]
+        self.time.now = max(decoded_at, self.opened_at + self.number / 25)
+        return True
+
+    def retrieve(self) -> tuple[bool, Any]:
+        return True, np.zeros((4, 6, 3), np.uint8)
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.fixture
+def slow_decoder(clock: Time, monkeypatch: pytest.MonkeyPatch) -> type[SlowDecoder]:
+    monkeypatch.setattr(SlowDecoder, "time", clock, raising=False)
+    monkeypatch.setattr(SlowDecoder, "threads", [])
+    monkeypatch.setattr("cv2.VideoCapture", SlowDecoder)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    return SlowDecoder
+
+
+def read(camera: Camera, count: int) -> Iterator[Frame]:
+    return islice(camera.frames(threading.Event()), count)
+
+
+def test_decoder_that_is_too_slow_gets_more_threads(
+    slow_decoder: type[SlowDecoder], clock: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    camera = Camera("rtsp://camera/live", timing=Timing(first_reconnect_s=0.0))
+    for frame in read(camera, 400):
+        age_s = clock.now - frame.captured_at
+        assert age_s < 1 or not frame.jpeg, "a frame that waited is not worth its encoding"
+    assert slow_decoder.threads == [1, 2, 4]
+    assert caplog.messages[0] == (
+        "rtsp://camera/live: the camera is lost, it sends more than can be decoded: 2 threads next, or choose a "
+        "smaller stream; trying until it is back"
+    )
+
+
+def test_camera_that_waits_loses_no_frame(slow_decoder: type[SlowDecoder]) -> None:
+    camera = Camera("rtsp://camera/live", drop="none")
+    assert all(frame.jpeg for frame in read(camera, 400))
+    assert slow_decoder.threads == [1]
+
+
+@pytest.fixture
+def report(clock: Time) -> LossReport:  # noqa: ARG001
+    return LossReport("camera", 60.0)
+
+
+def lose(report: LossReport, problem: str = "cut") -> None:
+    if report.lost():
+        report.report(problem)
+
+
+def test_loss_and_return_are_reported_at_once(
+    report: LossReport, clock: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    lose(report)
+    for _ in range(3):
+        clock.now += 100
+        report.found(clock.now)
+        clock.now += 70
+        report.found(clock.now)
+        lose(report)
+        lose(report)
+    texts = ["is not there, cut; trying until it is back", "is back after 100.0 s"]
+    texts += ["is lost, cut; trying until it is back", "is back after 100.0 s"] * 3
+    assert caplog.messages == [f"camera: the camera {text}" for text in texts[:-1]]
+
+
+def test_camera_that_is_lost_again_and_again_is_reported_once_a_minute(
+    report: LossReport, clock: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    report.found(clock.now)
+    for _ in range(1000):  # 250 s
+        lose(report)
+        clock.now += 0.25
+        report.found(clock.now)
+    assert len(caplog.messages) == 2 + 250 // 60
+    assert caplog.messages[2] == "camera: the camera was lost 240 times in 60 s, and is back"
+    caplog.clear()
+    for _ in range(250):
+        clock.now += 0.25
+        report.found(clock.now)
+    (message,) = caplog.messages
+    assert message.startswith("camera: the camera was lost ")
+    assert message.endswith(", and is back")
+
+
+def test_camera_that_stays_lost_after_it_came_back_shortly_is_reported(
+    report: LossReport, clock: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    lose(report)
+    report.found(clock.now)
+    for _ in range(100):
+        clock.now += 1
+        lose(report)
+    assert [message.split(" is ")[1][:8] for message in caplog.messages] == ["not ther", "back aft", "lost, cu"]
