@@ -8,7 +8,7 @@ import cv2
 
 from edge import sources
 from edge.errors import SourceError
-from edge.files import Recording, shown_fps, still_images
+from edge.files import play, shown_fps, still_images
 from edge.frames import DropPolicy, Frame, Image
 from edge.live import LiveSource
 from edge.probe import no_frames_problem, stream_problem
@@ -66,18 +66,17 @@ class Camera:
             return None
         if self.kind == "file" and (still := sources.read_still_image(self.source)) is not None:
             return self.encode(still)
-        timing = self.timing
         try:
-            capture = sources.open_source(self.source, self.kind, timing.camera_open_s, timing.stall_s)
+            capture = sources.open_source(self.source, self.kind, self.timing)
         except sources.UnopenedStream as error:
-            problem = stream_problem(self.source, timing.camera_open_s)
+            problem = stream_problem(self.source, self.timing.camera_open_s)
             raise SourceError(f"{error}: {problem}") from error
         try:
             self.fps = sources.frame_rate(capture) or self.fps
             self.frame_count = sources.frame_count(capture)
             ok, pixels = capture.read()
             if not ok:
-                raise SourceError(f"{self.name} {no_frames_problem(sources.fourcc(capture))}")
+                raise SourceError(f"{self.name} {no_frames_problem(sources.fourcc(capture), self.kind)}")
             return self.encode(pixels)
         finally:
             capture.release()
@@ -98,16 +97,16 @@ class Camera:
     def _images(self, stop: threading.Event) -> Iterator[Image]:
         if self.kind == "file" and (still := sources.read_still_image(self.source)) is not None:
             yield from still_images(self, still, stop)
-        elif self.kind == "pipe":
-            with sources.opened_pipe(self.source, stop, self.timing.poll_s) as capture:
-                yield from Recording(self, capture).images(stop)
         elif self.kind == "file":
-            yield from Recording(self, sources.open_file(self.source)).images(stop)
+            yield from play(self, None, stop)
+        elif self.kind == "pipe":
+            with sources.opened_pipe(self.source, stop, self.timing.poll_s) as pipe:
+                yield from play(self, pipe, stop)
         else:
             recording = yield from LiveSource(self).images(stop)
             if recording is not None:
                 self.is_live = False
-                yield from Recording(self, recording).images(stop)
+                yield from play(self, recording, stop)
 
     def encode(self, pixels: Any) -> bytes:
         """Return a (height, width, 3) BGR image as JPEG, shrunk as asked for. Raises SourceError if OpenCV can't."""

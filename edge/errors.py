@@ -4,6 +4,9 @@
 class EdgeError(Exception):
     exit_code = 1
 
+    def __str__(self) -> str:
+        return super().__str__().replace("\n", " ")  # A file's name may have lines.
+
 
 class OutputError(EdgeError):
     exit_code = 2

@@ -16,7 +16,7 @@ import cv2
 from edge import sources
 from edge.errors import SourceError
 from edge.frames import Image
-from edge.probe import ERROR, messages, no_frames_problem
+from edge.probe import no_frames_problem, reports_damage
 
 if TYPE_CHECKING:
     from edge.cameras import Camera
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Recording:
-    """A source that was opened and has an end. It is closed when its images end."""
+    """A source that was opened and has an end."""
 
     def __init__(self, camera: Camera, capture: cv2.VideoCapture) -> None:
         self._camera, self._capture = camera, capture
@@ -40,86 +40,97 @@ class Recording:
             log.warning("%s states %g frames a second: %g are used", camera.name, stated, sources.DEFAULT_FPS)
         camera.fps = fps or sources.DEFAULT_FPS
         camera.frame_count = sources.frame_count(capture)
-        self._read = self._undecodable = 0  # frames of this pass
+        self._codec = sources.fourcc(capture)
+        self.count = 0  # frames that were read
+        self._undecodable = 0  # frames between others that were read
+        self._has_stalled = False
         self._position_s = 0.0
 
-    def images(self, stop: threading.Event) -> Iterator[Image]:
-        """Yield the images at the pace asked for. Raises SourceError if not all of them can be read.
+    def images(self, stop: threading.Event, due: float) -> Iterator[Image]:
+        """Yield the images at the pace asked for, the first one at `due`, time.monotonic(). Close the source then.
 
         While the consumer is slower, the file waits; afterwards it continues at its pace and does not catch up.
         """
+        asked_s, before_s = self._camera.interval_s, math.inf
         try:
-            due = -math.inf  # The first frame is due at once.
-            for step_s in self._steps():
-                due = max(due + step_s, time.monotonic())
+            for position_s in self._positions(stop):
+                self._position_s = position_s
+                step_s = position_s - before_s if asked_s is None else asked_s
+                due, before_s = max(due + step_s if self.count > 1 else due, time.monotonic()), position_s
                 if stop.wait(max(0.0, due - time.monotonic())):
                     return
                 captured_at = time.monotonic()
                 ok, pixels = self._capture.retrieve()
                 if ok:
-                    yield Image(captured_at, self._position_s, pixels)
+                    yield Image(captured_at, position_s, pixels)
         finally:
             self._capture.release()
 
-    def _steps(self) -> Iterator[float]:
-        """Grab frame after frame; yield the seconds from the one before to it, at the pace asked for."""
-        asked_s, is_first_pass = self._camera.interval_s, True
-        while True:
-            before_s = None
-            for position_s in self._positions():
-                step_s = 1 / self._camera.fps if before_s is None else position_s - before_s
-                before_s = self._position_s = position_s
-                yield step_s if asked_s is None else asked_s
-            problem = self._problem() if is_first_pass else None
-            if problem and (not self._read or not self._camera.loop):
-                raise SourceError(problem)
-            if problem:
-                log.error("%s", problem)
-            if not self._camera.loop or not self._capture.set(cv2.CAP_PROP_POS_FRAMES, 0):
-                return
-            is_first_pass = False
-
-    def _positions(self) -> Iterator[float]:
-        """Grab the frames of one pass; yield where each is in the file, in seconds, which increases."""
-        self._read = self._undecodable = 0
+    def _positions(self, stop: threading.Event) -> Iterator[float]:
+        """Grab frame after frame; yield where each is in the file, in seconds, which increases."""
         interval_s = 1 / self._camera.fps
         failures, position_s = 0, -interval_s
-        while failures < MAX_FAILED_READS:
+        while failures < MAX_FAILED_READS and not stop.is_set():
             begin = time.monotonic()
             if not self._capture.grab():
                 failures += 1
                 if self._camera.kind == "stream" and time.monotonic() - begin >= self._camera.timing.stall_s:
-                    return  # Each further read would take as long.
+                    self._has_stalled = True  # Each further read would take as long.
+                    return
                 continue
-            if self._read:  # A file may begin with frames that refer to one before it.
+            if self.count:  # A file may begin with frames that refer to one before it.
                 self._undecodable += failures
-            self._read += 1
+            self.count += 1
             failures = 0
             stamp_s = max(0.0, self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
             # Where there are no time stamps, or they go back, the stated rate counts.
             position_s = stamp_s if stamp_s > position_s else position_s + interval_s
             yield position_s
 
-    def _problem(self) -> str | None:
-        """Return what is wrong if frames of the file are missing."""
-        camera, read, stated = self._camera, self._read, self._camera.frame_count
-        if not read:
-            return f"{camera.name} {no_frames_problem(sources.fourcc(self._capture))}"
-        if read >= stated > 0 or (camera.kind == "pipe" and not stated and not self._undecodable):
+    def problem(self, stop: threading.Event) -> str | None:
+        """Return what is wrong if frames of the file are missing; it was read to its end."""
+        camera, count, stated = self._camera, self.count, self._camera.frame_count
+        ends_early = self._position_s * camera.fps + 1 < 0.9 * stated
+        if not count:
+            return f"{camera.name} {no_frames_problem(self._codec, camera.kind)}"
+        if count >= stated > 0:
             return None
-        if self._undecodable:
+        if self._has_stalled:
+            problem = f"the server sent nothing for {camera.timing.stall_s:g} s"
+        elif self._undecodable:
             problem = "the file is damaged"
-        elif camera.kind == "pipe":
-            problem = "the pipe was closed early"
-        else:
-            # The stated number may be wrong: FFmpeg knows whether the file ends early.
-            reports = messages(camera.source, "read", ERROR, camera.timing.probe_s)
-            reaches_end = self._position_s * camera.fps + 1 > 0.98 * stated
-            if reports == [] or (reports is None and reaches_end):
-                return None
+        elif camera.kind != "pipe" and reports_damage(camera.source, stop, camera.timing.probe_s, ends_early):
             problem = "the file is truncated or damaged"
-        number = f"{read} of {stated}" if stated else f"only {read}"
+        else:
+            # The stated number is often wrong: sound goes on, or the rate varies. FFmpeg does not notice that FLV is
+            # truncated, and can't read a pipe once more.
+            if ends_early and (camera.kind == "pipe" or camera.source.lower().endswith(".flv")):
+                log.warning("%s ends after %d frames, and states %d: was it cut?", camera.name, count, stated)
+            return None
+        number = f"{count} of {stated}" if stated else f"only {count}"
         return f"{camera.name}: {number} frames could be read, {problem}"
+
+
+def play(camera: Camera, opened: cv2.VideoCapture | None, stop: threading.Event) -> Iterator[Image]:
+    """Yield the images of a source that has an end; of a camera that loops, again and again.
+
+    opened: the source, or None to open it here. Raises SourceError if it can't be opened, or read to its end.
+    """
+    due, is_first_pass = -math.inf, True
+    while not stop.is_set():
+        recording = Recording(camera, opened or sources.open_source(camera.source, camera.kind, camera.timing))
+        for image in recording.images(stop, due):
+            due = image.captured_at + (1 / camera.fps if camera.interval_s is None else camera.interval_s)
+            yield image
+        problem = None if stop.is_set() else recording.problem(stop)
+        does_repeat = camera.loop and camera.kind != "pipe" and recording.count > 0
+        if problem and not does_repeat:
+            raise SourceError(problem)
+        if problem and is_first_pass:
+            log.error("%s", problem)
+        if not does_repeat:
+            return
+        opened, is_first_pass = None, False
 
 
 def still_images(camera: Camera, pixels: Any, stop: threading.Event) -> Iterator[Image]:

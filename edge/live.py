@@ -10,11 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import cv2
 
 from edge import sources
+from edge.clock import StreamClock
 from edge.errors import SourceError
 from edge.frames import Image
 from edge.probe import stream_problem
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 THREADS = 1  # of the decoder, at first: each of them holds back a frame
 MAX_FAILED_READS = 100  # in a row: frames that can't be decoded, or the end of the stream
 SNAPSHOT_FPS = 1.0  # of a URL that returns one image
-MAX_BUFFERED_S = 10.0  # of video, that FFmpeg reads while it opens a stream
-CLOCK_DRIFT = 0.001  # A camera's clock is more exact, about 0.0001.
 
 # A frame is buffered if FFmpeg read it while it opened the stream, and late if it waited too long to be read.
 State = Literal["current", "buffered", "late"]
@@ -82,8 +82,7 @@ class LiveSource:
         if sources.is_playlist(camera.source):
             stall_s = max(stall_s, self._timing.playlist_stall_s)
         self._stall_s = stall_s
-        open_s = max(self._timing.camera_open_s, 2 * stall_s)
-        capture = sources.open_source(camera.source, camera.kind, open_s, stall_s, self._threads)
+        capture = sources.open_source(camera.source, camera.kind, replace(self._timing, stall_s=stall_s), self._threads)
         self._held_frames = sources.held_frames(camera.source, capture, self._threads)
         fps = sources.frame_rate(capture) or sources.DEFAULT_FPS
         camera.fps = min(fps, 1 / camera.interval_s) if camera.interval_s else fps
@@ -176,43 +175,6 @@ class LiveSource:
             if stop.wait(max(0.0, due - time.monotonic())):
                 return
             yield time.monotonic(), "current"
-
-
-class StreamClock:
-    """Tells when the frames of a stream arrived, also if they waited before they were read.
-
-    The time from a frame's time stamp to its arrival is the same for all frames, but for the unknown start of the time
-    stamps. Whatever a frame takes longer than the fastest one, it waited.
-
-    held_frames: FFmpeg delivers a frame when so many more have arrived. So the frame that is read now was there when
-        the frame that many before it was read.
-    """
-
-    def __init__(self, held_frames: int) -> None:
-        self.is_current = False  # Frames that FFmpeg buffered while it opened the stream come at once.
-        self.lag_s = 0.0  # how long the last frame waited before it was read
-        self._held_frames = held_frames
-        self._reads: deque[float] = deque(maxlen=held_frames + 1)
-        self._first_read = self._stamp_s = self._offset_s = math.inf
-        self._unbuffered = self._unstamped = 0  # frames
-
-    def arrived_at(self, now: float, stamp_s: float) -> float:
-        """Return when a frame arrived that was read now."""
-        elapsed_s = now - self._reads[-1] if self._reads else 0.0
-        step_s = stamp_s - self._stamp_s
-        self._reads.append(now)
-        self._first_read = min(self._first_read, now)
-        self._stamp_s = stamp_s
-        if step_s <= 0:  # The time stamps begin anew, or there are none.
-            self._offset_s = math.inf
-            self._unstamped += step_s == 0
-        # Frames that were not buffered come at the intervals of their time stamps.
-        self._unbuffered += elapsed_s > 0.75 * step_s > 0
-        is_long_open = now - self._first_read > MAX_BUFFERED_S  # The time stamps are of another speed.
-        self.is_current = self._unbuffered >= max(1, self._held_frames) or self._unstamped > 2 or is_long_open
-        self._offset_s = min(self._offset_s + CLOCK_DRIFT * elapsed_s, self._reads[0] - stamp_s)
-        self.lag_s = self._reads[0] - stamp_s - self._offset_s
-        return stamp_s + self._offset_s
 
 
 class LossReport:

@@ -7,12 +7,19 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Literal
 
 import cv2
 import requests
 
+PIPES = "MKV and TS can be piped, most MP4 can't"
+# Errors of intact files: the start of a cut in H.264, and an HTTP server that does not state the length.
+HARMLESS = re.compile("^mmco: |18446744073709551615")
+DAMAGE = re.compile("Packet corrupt|undecodable NALU")  # though only warnings
+POLL_S = 0.1
 Task = Literal["open", "read"]
 
 # FFmpeg's levels of messages.
@@ -34,21 +41,29 @@ STREAM_PROBLEMS = {
 }
 
 
-def messages(source: str, task: Task, level: int, timeout_s: float) -> list[str] | None:
-    """Open a source, or read it to its end; return what FFmpeg reports, down to a level. None if that takes too long.
+def messages(
+    source: str, task: Task, level: int, timeout_s: float, stop: threading.Event | None = None
+) -> list[tuple[int, str]] | None:
+    """Open a source, or read it to its end; return what FFmpeg reports, with levels. None if that takes too long.
 
-    Standard input has the source, so that no password is in the list of processes.
+    It ends early if `stop` is set. Standard input has the source, so that no password is in the list of processes.
     """
     environment = os.environ | {"OPENCV_FFMPEG_DEBUG": "1", "OPENCV_FFMPEG_LOGLEVEL": str(level)}
-    text = f"{source}\0{task}\0{1000 * timeout_s:.0f}"
-    command = [sys.executable, __file__]
-    try:
-        done = subprocess.run(
-            command, input=text.encode(), capture_output=True, env=environment, timeout=timeout_s + START_S
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return re.findall(r"^\[OPENCV:FFMPEG:\d+\] *(.+)", done.stdout.decode(errors="replace"), re.MULTILINE)
+    command, pipe = [sys.executable, __file__], subprocess.PIPE
+    text: bytes | None = f"{source}\0{task}\0{1000 * timeout_s:.0f}".encode()
+    deadline = time.monotonic() + timeout_s + START_S
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        while True:
+            try:
+                output, _ = process.communicate(text, timeout=POLL_S)
+                break
+            except subprocess.TimeoutExpired:
+                text = None  # It was sent.
+                if time.monotonic() > deadline or (stop and stop.is_set()):
+                    process.kill()
+                    return None
+    found = re.findall(r"^\[OPENCV:FFMPEG:(\d+)\] *(.+)", output.decode(errors="replace"), re.MULTILINE)
+    return [(int(each), report) for each, report in found]
 
 
 def main() -> None:
@@ -66,20 +81,40 @@ def file_problem(path: Path, timeout_s: float = 10.0) -> str:
         head = file.read(12)
     if not head:
         return "it is empty"
-    text = "\n".join(messages(str(path.absolute()), "open", DEBUG, timeout_s) or [])
-    if "moov atom not found" in text and head[4:8] == b"ftyp":
-        return "it has no index (moov), since its recording was not completed or a part of it is missing"
-    if codec := re.search(r"Video: (\w+)[^\n]*unknown codec", text):
+    text = join(messages(str(path.absolute()), "open", DEBUG, timeout_s) or [])
+    codec = re.search(r"Video: (\w+)[^\n]*unknown codec", text)
+    if codec and codec[1] != "none":
         return f"this OpenCV has no decoder for its codec, {codec[1].upper()}"
-    if "All info found" in text:
+    if "All info found" in text and not codec:
         return "it has no video track"
+    if head[4:8] == b"ftyp":
+        return "it has no index (moov), since its recording was not completed or a part of it is missing"
     return "its format is unknown"
 
 
-def no_frames_problem(codec: str) -> str:
+def no_frames_problem(codec: str, kind: str) -> str:
     """Return why a source that was opened has no frames; `codec` is its four letters."""
-    codec = CODECS.get(codec, codec) or "unknown"
-    return f"can be opened, but delivers no frames: OpenCV can't decode them, their codec is {codec}"
+    hint = f"; {PIPES}" if kind == "pipe" else ""
+    return f"can be opened, but delivers no frames: OpenCV can't decode them, their codec is {codec_name(codec)}{hint}"
+
+
+def codec_name(codec: str) -> str:
+    return CODECS.get(codec, codec) or "unknown"
+
+
+def reports_damage(source: str, stop: threading.Event, timeout_s: float, is_short: bool) -> bool:
+    """Read a file once more; return whether FFmpeg reports that data is missing or damaged.
+
+    is_short: what to return if that takes too long.
+    """
+    reports = messages(source, "read", WARNING, timeout_s, stop)
+    if reports is None:
+        return is_short and not stop.is_set()
+    return any((level <= ERROR and not HARMLESS.search(report)) or DAMAGE.search(report) for level, report in reports)
+
+
+def join(reports: list[tuple[int, str]]) -> str:
+    return "\n".join(report for _, report in reports)
 
 
 def stream_problem(source: str, timeout_s: float) -> str:
@@ -87,7 +122,7 @@ def stream_problem(source: str, timeout_s: float) -> str:
     reports = messages(source, "open", WARNING, timeout_s)
     if reports is None:
         return f"no response within {timeout_s:g} s"
-    text = "\n".join(reports) or http_status(source, timeout_s)
+    text = join(reports) or http_status(source, timeout_s)
     status = re.search(r"(?:HTTP error|failed:) ([45]\d\d [A-Za-z ]+)", text)
     fallback = status[1].strip() if status else "check address and password, and that the stream is running"
     problem = next((problem for report, problem in STREAM_PROBLEMS.items() if report in text), fallback)

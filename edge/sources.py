@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import cv2
 import requests
 
 from edge.errors import SourceError
-from edge.probe import file_problem
+from edge.probe import PIPES, file_problem
+from edge.timing import Timing
 
 # OpenCV reads these variables. FFmpeg can be used by several threads: otherwise OpenCV opens one source at a time, and
 # a camera that does not respond delays the others. A video may have minutes of audio between two frames: otherwise
@@ -30,12 +30,14 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 # whole key, or a part of it between - or _, is such a word, or ends in one that is unmistakable. ?side=left is shown.
 SECRET = re.compile(
     r"(?<=[?&;/#])((?:[^=/?&;]*(?:[-_]|(?=passwd|password|pwd|secret|token)))?(?:(?:access|api|auth|login|session|user)*"
-    r"(?:auth|cred|key|login|pas|pass|psw|pw|pwd|secret|session|sid|sig|token|use|user|usr)"
-    r"(?:code|entials?|id|name|nature|orization|phrase|s|wd|word)?)(?:[-_][^=/?&;]*)?=)[^&;#]*",
+    r"(?:auth|cred|jwt|key|login|otp|pas|pass|pin|psw|pw|pwd|secret|session|sid|sig|token|use|user|usr)"
+    r"(?:code|entials?|id|name|nature|orization|phrase|s|wd|word)?)(?:[-_][^=/?&;]*)?=)[^&]*",
     re.IGNORECASE,
 )
 HOST = re.compile(r"(?:(?:[\w-]+\.)+[\w-]+|localhost|\[[0-9a-f:.]+\])(?::\d{1,5})?(?=[/?#]|$)", re.IGNORECASE)
 IMAGE_CODECS = ("MJPG", "MPNG", "webp", "")  # "": BMP has no letters
+STANDARD_INPUT = ("/dev/stdin", "/dev/fd/")
+IP_ADDRESS = re.compile(r"@(?=(?:\d+(?:\.\d+){3}|\[[0-9a-f:.]+\])(?::\d{1,5})?(?:[/?#]|$))", re.IGNORECASE)
 PLAYLISTS = (".m3u8", ".mpd")
 DEFAULT_FPS = 25.0  # of a source that states no frame rate, or an implausible one
 MAX_FPS = 1000.0
@@ -51,7 +53,7 @@ def kind_of(source: str) -> Kind:
         mode = Path(source).stat().st_mode
     except (OSError, ValueError):
         mode = 0
-    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+    if stat.S_ISFIFO(mode) or (source.startswith(STANDARD_INPUT) and not stat.S_ISREG(mode)):
         return "pipe"
     if source.isdecimal() or (source.startswith("/dev/") and not stat.S_ISREG(mode)):
         return "device"
@@ -63,7 +65,9 @@ def redact(source: str) -> str:
     if "://" not in source:
         return source
     scheme, rest = source.split("://", 1)
-    if not HOST.match(rest):
+    if addresses := list(IP_ADDRESS.finditer(rest)):
+        rest = rest[addresses[-1].end() :]
+    elif not HOST.match(rest):
         # A password may hold another @, or a slash, and the path an @: the host is after the first @ where it may be.
         rests = [rest[at.end() :] for at in re.finditer("@", rest)] or [rest]
         rest = next((each for each in rests if HOST.match(each)), rests[-1])
@@ -84,7 +88,7 @@ def check_path(source: str) -> None:
         )
     if path.is_dir():
         raise SourceError(f"{source} is a folder, expected a video file")
-    if not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise SourceError(f"{source} can't be read: permission denied")
 
 
@@ -92,14 +96,14 @@ class UnopenedStream(SourceError):
     """A network stream can't be opened; edge/probe.py says why."""
 
 
-def open_source(source: str, kind: Kind, open_s: float, read_s: float, threads: int = 1) -> cv2.VideoCapture:
+def open_source(source: str, kind: Kind, timing: Timing, threads: int = 1) -> cv2.VideoCapture:
     """Open a source that is no pipe. Raises SourceError if that fails.
 
-    open_s, read_s, threads: of a stream, see open_stream().
+    threads: of the decoder of a stream, see open_stream().
     """
-    if kind == "file":
-        return open_file(source)
-    return open_device(source) if kind == "device" else open_stream(source, open_s, read_s, threads)
+    if kind == "stream":
+        return open_stream(source, max(timing.camera_open_s, 2 * timing.stall_s), timing.stall_s, threads)
+    return open_file(source) if kind == "file" else open_device(source)
 
 
 def open_file(source: str) -> cv2.VideoCapture:
@@ -138,21 +142,23 @@ def open_stream(source: str, open_s: float, read_s: float, threads: int) -> cv2.
 
 
 @contextmanager
-def opened_pipe(source: str, stop: threading.Event, poll_s: float) -> Iterator[cv2.VideoCapture]:
-    """Open a FIFO or /dev/stdin, once there is data in it or `stop` is set. Raises SourceError if it is no video.
+def opened_pipe(source: str, stop: threading.Event, poll_s: float) -> Iterator[cv2.VideoCapture | None]:
+    """Open a FIFO or /dev/stdin, once there is data in it; None if `stop` is set before.
 
-    It is opened only once: what was read from it can't be read again.
+    It is opened only once: what was read from it can't be read again. Raises SourceError if it is no video.
     """
     check_path(source)
     fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
     try:
         while not stop.is_set() and not select.select([fd], [], [], poll_s)[0]:
             pass
+        if stop.is_set():
+            yield None
+            return
         os.set_blocking(fd, True)
         capture = cv2.VideoCapture(f"pipe:{fd}", cv2.CAP_FFMPEG)
         if not capture.isOpened():
-            text = "no video that OpenCV can read (MKV and TS can be piped, most MP4 can't)"
-            raise SourceError(f"what comes from {source} is {text}")
+            raise SourceError(f"what comes from {source} is no video that OpenCV can read; {PIPES}")
         yield capture
     finally:
         os.close(fd)
@@ -174,7 +180,7 @@ def read_still_image(source: str) -> Any:
 
 def is_playlist(source: str) -> bool:
     """Whether a URL is HLS or DASH, which deliver some seconds of video at once."""
-    return "://" in source and urlsplit(source).path.lower().endswith(PLAYLISTS)
+    return "://" in source and re.split("[?#]", source.lower())[0].endswith(PLAYLISTS)
 
 
 def fourcc(capture: cv2.VideoCapture) -> str:

@@ -206,7 +206,8 @@ def test_pipe_is_a_file_that_is_opened_once(folder: Path, tmp_path: Path) -> Non
     assert len(arrived) == 100
 
 
-def test_pipe_that_ends_early_is_an_error(folder: Path, tmp_path: Path) -> None:
+def test_pipe_that_ends_early_is_reported(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is no error: what an intact pipe states may be wrong too, and it can't be read once more."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     data = (folder / "clip.mkv").read_bytes()
@@ -214,7 +215,9 @@ def test_pipe_that_ends_early_is_an_error(folder: Path, tmp_path: Path) -> None:
     writer.start()
     frames, error = read(pipe)
     writer.join()
-    assert error == f"{pipe}: {len(frames)} of 100 frames could be read, the pipe was closed early"
+    assert error is None
+    (message,) = caplog.messages
+    assert message == f"{pipe} ends after {len(frames)} frames, and states 100: was it cut?"
 
 
 def test_pipe_without_a_writer_ends_with_the_run(tmp_path: Path, stop: threading.Event) -> None:
@@ -224,6 +227,21 @@ def test_pipe_without_a_writer_ends_with_the_run(tmp_path: Path, stop: threading
     stop.set()
     thread.join(60)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts", "sound.mkv", "image.png"])
+def test_file_that_is_repeated_begins_anew(folder: Path, tmp_path: Path, stop: threading.Event, name: str) -> None:
+    """All its frames again, at the same positions; also if it can't seek, or has one frame."""
+    ffmpeg(*pattern(25, 1), *tone(2), *X264, tmp_path / "sound.mkv")
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((48, 64, 3), np.uint8))
+    path = (tmp_path if name in ("sound.mkv", "image.png") else folder) / name
+    once = list(Camera(str(path), fps=FAST).frames(stop))
+    frames = Camera(str(path), fps=FAST, loop=True).frames(stop)
+    thrice = [next(frames) for _ in range(3 * len(once))]
+    assert [frame.position_s for frame in thrice] == 3 * [frame.position_s for frame in once]
+    assert [frame.jpeg for frame in thrice] == 3 * [frame.jpeg for frame in once]
+    stop.set()
+    assert list(frames) == []
 
 
 @pytest.mark.parametrize("fake", ["good"], indirect=True)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.cameras import Camera
+from edge.clock import StreamClock
 from edge.frames import Frame
-from edge.live import LossReport, StreamClock
+from edge.live import LossReport
 from edge.timing import Timing
 
 
