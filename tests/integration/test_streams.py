@@ -1,4 +1,4 @@
-"""edge/cameras.py with network streams that are cut, stall, never respond, or change."""
+"""edge/live.py with network streams that are cut, stall, never respond, or change."""
 
 import threading
 import time
@@ -41,11 +41,10 @@ def stream_again(server: MjpegCamera, caplog: pytest.LogCaptureFixture) -> None:
     threading.Thread(target=wait_and_stream, daemon=True).start()
 
 
-def test_file_is_repeated_without_opening_it_again(short_clip: Path, stop: threading.Event) -> None:
-    """OpenCV opens one source at a time: a camera that never responds would block a file at each of its ends.
-
-    30 frames take 0.3 s, and OpenCV waits 5 s for the camera.
-    """
+def test_camera_that_never_responds_does_not_delay_a_file_that_is_repeated(
+    short_clip: Path, stop: threading.Event
+) -> None:
+    """By default OpenCV opens one source at a time. 30 frames take 0.3 s, and OpenCV waits 10 s for the camera."""
     with mjpeg_camera(jpegs(1)) as mute:
         mute.mode = "mute"
         frames = Camera(str(short_clip), loop=True).frames(stop)
@@ -112,7 +111,7 @@ def test_stream_that_never_responds_times_out_and_is_opened_again(
 def test_cameras_that_never_respond_do_not_make_another_one_fail(
     stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """OpenCV opens one at a time while the timeout runs: a camera that waits for three others would exceed it."""
+    """By default OpenCV opens one at a time while the timeout runs: one that waits for three others would exceed it."""
     timing = Timing(camera_open_s=1.5)
     with ExitStack() as cleanup:
         mute = [cleanup.enter_context(mjpeg_camera(jpegs(1))) for _ in range(3)]
