@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -383,20 +384,46 @@ def test_address_of_a_stream(
         assert "admin" not in text
 
 
-def test_server_that_sends_half_of_a_recording(folder: Path) -> None:
+def half_server(data: bytes, listener: socket.socket, stop: threading.Event, then_hang: bool) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(65536)
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode()
+        connection.sendall(head + data[: len(data) // 2])
+        if then_hang:
+            stop.wait(60)
+
+
+@pytest.mark.parametrize("then_hang", [False, True])
+def test_server_that_sends_half_of_a_recording(folder: Path, stop: threading.Event, then_hang: bool) -> None:
     """The length that it states is that of the whole file."""
     data = (folder / "clip.mp4").read_bytes()
-
-    def serve_half() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(65536)
-            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode()
-            connection.sendall(head + data[: len(data) // 2])
-
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=serve_half, daemon=True).start()
-        camera = Camera(f"http://127.0.0.1:{listener.getsockname()[1]}/clip.mp4", FAST, timing=Timing(probe_s=2))
+        thread = threading.Thread(target=half_server, args=[data, listener, stop, then_hang], daemon=True)
+        thread.start()
+        timing = Timing(stall_s=1.0, probe_s=2.0)
+        camera = Camera(f"http://127.0.0.1:{listener.getsockname()[1]}/clip.mp4", FAST, timing=timing)
         frames: list[Frame] = []
-        with pytest.raises(SourceError, match=r"\d+ of 100 frames could be read, the file is"):
-            frames.extend(camera.frames(threading.Event()))
+        problem = "the server sent nothing for 1 s" if then_hang else "the file is"
+        with pytest.raises(SourceError, match=rf"\d+ of 100 frames could be read, {problem}"):
+            frames.extend(camera.frames(stop))
+
+
+def test_the_end_of_a_run_ends_the_second_reading_of_a_file(
+    folder: Path, tmp_path: Path, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = changed(folder / "clip.mkv", tmp_path / "clip.mkv", zeros)
+    started = threading.Event()
+    popen = subprocess.Popen
+
+    def start(_: list[str], **options: Any) -> Any:
+        started.set()
+        return popen([sys.executable, "-c", "import time; time.sleep(600)"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    thread = threading.Thread(target=lambda: list(Camera(str(path), FAST).frames(stop)))
+    thread.start()
+    assert started.wait(60)
+    stop.set()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -170,6 +170,33 @@ def test_stream_that_slows_down_is_not_lost(stop: threading.Event, caplog: pytes
         assert caplog.messages == []
 
 
+def test_camera_of_few_frames_a_second_is_not_lost(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    """Its interval is longer than the timeout, which is learned from the first frames."""
+    with mjpeg_camera(jpegs(20), fps=2) as server:
+        frames = Camera(server.url, timing=Timing(stall_s=0.4, report_s=0)).frames(stop)
+        first = [next(frames) for _ in range(2)]
+        while server.streams == 1:
+            first.append(next(frames))
+            assert len(first) < 50, "the timeout is too short at first"
+        streams, since = server.streams, 0
+        while since < 8:
+            assert next(frames).number < 50
+            since = since + 1 if server.streams == streams else 0
+            streams = server.streams
+        assert "no frame came for 0.4 s (--stall-timeout)" in caplog.messages[0]
+
+
+def test_live_source_never_raises(stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    for source in ("rtsp://admin:hunter2[x@127.0.0.1:1/x", "http://admin:hunter2[x@127.0.0.1:1/x", "http://[bad/x"):
+        thread = threading.Thread(target=lambda source=source: list(Camera(source).frames(stop)))
+        caplog.clear()
+        thread.start()
+        wait_until(lambda: caplog.messages != [])
+        assert "the camera is not there, can't open" in caplog.messages[0]
+        assert "hunter2" not in caplog.text
+    stop.set()
+
+
 def test_live_source_is_sampled_down(stop: threading.Event) -> None:
     with mjpeg_camera(jpegs(20), fps=40) as server:
         frames = Camera(server.url, fps=10).frames(stop)

@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from edge.cameras import Camera
 from edge.errors import SourceError
@@ -134,12 +135,14 @@ def test_file_without_frames_is_an_error(capture: type[Capture], monkeypatch: py
 
 @pytest.mark.parametrize("fps", [0.0, -1.0, float("nan"), float("inf")])
 def test_file_without_a_frame_rate_plays_at_25(
-    capture: type[Capture], monkeypatch: pytest.MonkeyPatch, fps: float
+    capture: type[Capture], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fps: float
 ) -> None:
     monkeypatch.setattr(capture, "fps", fps)
     frames = list(Camera(str(CLIP)).frames(threading.Event()))
     assert len(frames) == 3
     assert frames[-1].captured_at - frames[0].captured_at > 1.5 / 25
+    assert [frame.position_s for frame in frames] == pytest.approx([0, 0.04, 0.08])
+    assert caplog.messages == [f"{CLIP} states {fps:g} frames a second: 25 are used"]
 
 
 def test_file_that_had_to_wait_does_not_hurry_afterwards() -> None:
@@ -190,6 +193,23 @@ def test_stop_ends_the_wait_for_the_next_frame(capture: type[Capture], monkeypat
 def test_still_image_is_one_frame(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "still.png"), np.zeros((48, 64, 3), np.uint8))
     assert len(list(Camera(str(tmp_path / "still.png")).frames(threading.Event()))) == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_still_image_is_upright(tmp_path: Path, orientation: int) -> None:
+    """As Pillow turns it, for each of the orientations that a phone or camera writes."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, :32] = 255  # one corner is white
+    path, exif = tmp_path / "still.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("L"))
+    (frame,) = Camera(str(path)).frames(threading.Event())
+    for data in (frame.jpeg, Camera(str(path)).check()):
+        found = cv2.imdecode(np.frombuffer(data or b"", np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+        assert found is not None
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected).mean() < 3
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,20 @@ def test_after_stop_no_frame_is_sent_and_each_is_counted(stop: threading.Event) 
     assert client.is_drained
 
 
+def test_frame_that_was_read_too_late_is_dropped(stop: threading.Event) -> None:
+    class LateFrames(Camera):
+        def frames(self, stop: threading.Event) -> Iterator[Frame]:  # noqa: ARG002
+            yield from (Frame(self, number, NOW, b"jpeg" if number == 2 else b"") for number in (1, 2, 3))
+
+    camera = LateFrames("0")
+    pipeline = Pipeline([camera], cast(TorchServeClient, Client()), parse_args([]), stop, Timing())
+    pipeline.read_frames(camera)
+    results = [pipeline.results.get() for _ in range(pipeline.results.qsize())]
+    expected = [Result.not_sent(Frame(camera, number, NOW, b""), "dropped", "read too late") for number in (1, 3)]
+    assert results == expected
+    assert pipeline.stats[camera].captured == 3
+
+
 def test_frames_that_wait_when_the_run_is_stopped_are_not_sent(stop: threading.Event) -> None:
     camera, client = AgedFrames("0"), Client()
     pipeline = Pipeline([camera], cast(TorchServeClient, client), parse_args([]), stop, Timing())
