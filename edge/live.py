@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import cv2
@@ -29,10 +29,22 @@ THREADS = 1  # of the decoder, at first: each of them holds back a frame
 MAX_FAILED_READS = 100  # in a row: frames that can't be decoded, or the end of the stream
 SNAPSHOT_FPS = 1.0  # of a URL that returns one image
 
+MIN_WAIT_S = 0.002  # of a read that had to wait for its frame
+
 # A frame is buffered if FFmpeg read it while it opened the stream, and late if it waited too long to be read.
 State = Literal["current", "buffered", "late"]
+Arrival = tuple[float, State]  # of a frame: when, time.monotonic() seconds
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Grab:
+    """A frame that was read: when, its time stamp, and whether FFmpeg had to wait for it."""
+
+    read_at: float  # time.monotonic() seconds
+    stamp_s: float
+    has_waited: bool
 
 
 class LiveSource:
@@ -58,7 +70,7 @@ class LiveSource:
                 capture = self._open()
                 if may_have_end and sources.has_end(self._camera.source, capture, self._stall_s):
                     return capture
-                for image in self._sample(capture, stop):
+                for image in self._read(capture, stop):
                     self._losses.found(image.captured_at)
                     attempt, may_have_end = 0, False
                     yield image
@@ -95,66 +107,82 @@ class LiveSource:
             text += f": {stream_problem(self._camera.source, self._timing.camera_open_s)}"
         return " ".join(text.replace(self._camera.source, self._camera.name).split())
 
-    def _sample(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[Image]:
-        """Yield the images of an open source at the rate asked for, until no more come."""
+    def _read(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[Image]:
+        """Yield the images of an open source at the rate asked for, until no more come. Close it then."""
         is_playlist = sources.is_playlist(self._camera.source)
         arrivals = (self._paced if is_playlist else self._clocked)(self._grabs(capture, stop), stop)
-        interval_s, due, count = self._camera.interval_s or 0.0, -math.inf, 0
-        held: Image | None = None
+        held: Image | None = None  # the newest of the buffered frames
+        count = 0
         try:
-            for captured_at, state in arrivals:
+            for captured_at, state in self._sampled(arrivals):
                 if held and state != "buffered":
                     yield held
                     held = None
-                # Half an interval of tolerance: frames of a camera never arrive at regular times.
-                if captured_at < due - interval_s / 2:
-                    continue
                 ok, pixels = (True, None) if state == "late" else capture.retrieve()
-                if not ok:
-                    continue
-                count += 1
-                image = Image(captured_at, None, pixels)
-                if state == "buffered":
-                    held = image
-                    continue
-                due = (due if captured_at < due + interval_s else captured_at) + interval_s
-                yield image
+                count += ok
+                if ok and state == "buffered":
+                    held = Image(captured_at, None, pixels)
+                elif ok:
+                    yield Image(captured_at, None, pixels)
             if held:
                 yield held
+            self._arrived_at = None
             self._is_snapshot = count == 1 and sources.is_image(self._camera.source, capture)
+        except SourceError:
+            if held:
+                self._learn_interval(held.captured_at)
+                yield held
+            raise
         finally:
             capture.release()
 
-    def _grabs(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[tuple[float, float]]:
-        """Grab frame after frame; yield when each was read, and its time stamp in seconds.
+    def _sampled(self, arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
+        """Yield the arrivals that are due at the rate asked for."""
+        interval_s, due = self._camera.interval_s or 0.0, -math.inf
+        for captured_at, state in arrivals:
+            if state == "buffered":
+                due = captured_at + interval_s
+                yield captured_at, state
+                continue
+            self._learn_interval(captured_at)
+            # Half an interval of tolerance: frames of a camera never arrive at regular times.
+            if captured_at >= due - interval_s / 2:
+                due = (due if captured_at < due + interval_s else captured_at) + interval_s
+                yield captured_at, state
 
-        Raises SourceError if no frame comes.
-        """
+    def _grabs(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[Grab]:
+        """Grab frame after frame. Raises SourceError if no frame comes."""
         failures = 0
         while not stop.is_set() and failures < MAX_FAILED_READS:
-            begin = time.monotonic()
+            begin, worked_s = time.monotonic(), -time.thread_time()
             ok = capture.grab()
             now = time.monotonic()
+            worked_s += time.thread_time()
             # When FFmpeg stops waiting, OpenCV delivers the frames that the decoder still holds.
             if self._camera.kind == "stream" and now - begin >= self._stall_s:
                 raise SourceError(f"no frame came for {self._stall_s:g} s (--stall-timeout)")
             failures = 0 if ok else failures + 1
             if ok:
-                if self._arrived_at is not None:
-                    self._intervals.append(now - self._arrived_at)
-                self._arrived_at = now
-                yield now, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        self._arrived_at = None
+                has_waited = now - begin > max(MIN_WAIT_S, 2 * worked_s)
+                yield Grab(now, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, has_waited)
 
-    def _clocked(self, grabs: Iterator[tuple[float, float]], stop: threading.Event) -> Iterator[tuple[float, State]]:
+    def _learn_interval(self, arrived_at: float) -> None:
+        if self._arrived_at is not None:
+            self._intervals.append(arrived_at - self._arrived_at)
+        self._arrived_at = arrived_at
+
+    def _clocked(self, grabs: Iterator[Grab], stop: threading.Event) -> Iterator[Arrival]:
         """Yield when each frame arrived. Raises SourceError if the frames can't be decoded as fast as they come."""
         clock = StreamClock(self._held_frames or 0)
         is_late, behind_since = False, math.inf
-        for now, stamp_s in grabs:
+        is_current = self._camera.kind == "device"
+        for grab in grabs:
+            now = grab.read_at
             if self._held_frames is None or stop.is_set():
-                yield now, "current"
+                is_current = is_current or grab.has_waited or stop.is_set()
+                yield now, "current" if is_current else "buffered"
                 continue
-            captured_at = clock.arrived_at(now, stamp_s)
+            captured_at = clock.arrived_at(now, grab.stamp_s)
             limit_s = self._timing.max_lag_s / (5 if is_late else 1)
             is_late = clock.lag_s > limit_s and self._camera.drop_policy != "none"
             behind_since = min(behind_since, now) if is_late else math.inf
@@ -164,14 +192,14 @@ class LiveSource:
                 raise SourceError(text)
             yield captured_at, "late" if is_late else "current" if clock.is_current else "buffered"
 
-    def _paced(self, grabs: Iterator[tuple[float, float]], stop: threading.Event) -> Iterator[tuple[float, State]]:
+    def _paced(self, grabs: Iterator[Grab], stop: threading.Event) -> Iterator[Arrival]:
         """Yield the frames of a playlist at the intervals of their time stamps: they arrive in bursts of a segment."""
         due, before_s = time.monotonic(), math.inf
-        for now, stamp_s in grabs:
-            step_s, before_s = stamp_s - before_s, stamp_s
+        for grab in grabs:
+            step_s, before_s = grab.stamp_s - before_s, grab.stamp_s
             if 0 < step_s < self._timing.playlist_stall_s:  # Otherwise the time stamps begin anew.
                 due += step_s
-            due = max(due, now)
+            due = max(due, grab.read_at)
             if stop.wait(max(0.0, due - time.monotonic())):
                 return
             yield time.monotonic(), "current"
