@@ -1,5 +1,6 @@
 """Cameras: the sources of frames. edge/files.py plays files, edge/live.py reads live sources."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from edge.frames import DropPolicy, Frame, Image
 from edge.live import LiveSource
 from edge.probe import no_frames_problem, stream_problem
 from edge.timing import Timing
+
+log = logging.getLogger(__name__)
 
 
 class Camera:
@@ -51,6 +54,7 @@ class Camera:
         self._resize = resize
         self._jpeg_quality = jpeg_quality
         self.drop = drop
+        self._is_rate_reported = False
 
     @property
     def drop_policy(self) -> DropPolicy:
@@ -72,14 +76,22 @@ class Camera:
             problem = stream_problem(self.source, self.timing.camera_open_s)
             raise SourceError(f"{error}: {problem}") from error
         try:
-            self.fps = sources.frame_rate(capture) or self.fps
-            self.frame_count = sources.frame_count(capture)
+            self.learn_rate(capture)
             ok, pixels = capture.read()
             if not ok:
                 raise SourceError(f"{self.name} {no_frames_problem(sources.fourcc(capture), self.kind)}")
             return self.encode(pixels)
         finally:
             capture.release()
+
+    def learn_rate(self, capture: cv2.VideoCapture) -> None:
+        """Keep the rate that the open source states, and its number of frames; report a rate that can't be."""
+        fps = sources.frame_rate(capture)
+        if fps is None and not self._is_rate_reported:
+            self._is_rate_reported = True
+            stated = capture.get(cv2.CAP_PROP_FPS)
+            log.warning("%s states %g frames a second: %g are used", self.name, stated, sources.DEFAULT_FPS)
+        self.fps, self.frame_count = fps or sources.DEFAULT_FPS, sources.frame_count(capture)
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """Yield frames until a file ends or `stop` is set.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # In a row. Each is a frame that can't be decoded; at the end of a file all reads fail.
 MAX_FAILED_READS = 1000
 SCANNED_PACKETS = 1000
+ROUNDING_S = 0.0015  # between two intervals that are equal
 MAX_SHOWN_FPS = 120.0  # of a file of variable rate: each repeated frame takes time to encode
 
 log = logging.getLogger(__name__)
@@ -34,12 +36,7 @@ class Recording:
 
     def __init__(self, camera: Camera, capture: cv2.VideoCapture) -> None:
         self._camera, self._capture = camera, capture
-        fps = sources.frame_rate(capture)
-        if fps is None:
-            stated = capture.get(cv2.CAP_PROP_FPS)
-            log.warning("%s states %g frames a second: %g are used", camera.name, stated, sources.DEFAULT_FPS)
-        camera.fps = fps or sources.DEFAULT_FPS
-        camera.frame_count = sources.frame_count(capture)
+        camera.learn_rate(capture)
         self._codec = sources.fourcc(capture)
         self.count = 0  # frames that were read
         self._undecodable = 0  # frames between others that were read
@@ -144,8 +141,8 @@ def still_images(camera: Camera, pixels: Any, stop: threading.Event) -> Iterator
 def shown_fps(path: str, stated_fps: float) -> float:
     """Return the frames a second that a constant rate needs to show each frame of a file at its own time.
 
-    The stated rate of a file of variable rate is its average. It counts the intervals of the first packets, which are
-    not decoded, and ignores the shortest of them: some cameras' are irregular.
+    The stated rate is an average, also of a rate that varies. The intervals of the first packets are measured, which
+    are not decoded; the shortest of them are ignored, since some cameras are irregular.
     """
     capture = cv2.VideoCapture(str(Path(path).absolute()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
     stamps_s: list[float] = []
@@ -156,6 +153,7 @@ def shown_fps(path: str, stated_fps: float) -> float:
     intervals_s = sorted(after - before for before, after in pairwise(stamps_s) if after > before)
     if not intervals_s:
         return stated_fps
-    interval_s = intervals_s[len(intervals_s) // 10]
-    # Some containers round times to milliseconds.
-    return stated_fps if abs(interval_s - 1 / stated_fps) < 0.002 else min(1 / interval_s, MAX_SHOWN_FPS)
+    short_s = intervals_s[len(intervals_s) // 10]
+    # Some containers round times to milliseconds: the mean of equal intervals is more exact.
+    fps = 1 / statistics.mean(each for each in intervals_s if abs(each - short_s) < ROUNDING_S)
+    return stated_fps if abs(fps / stated_fps - 1) < 0.001 else min(fps, max(stated_fps, MAX_SHOWN_FPS))

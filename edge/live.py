@@ -96,8 +96,9 @@ class LiveSource:
         self._stall_s = stall_s
         capture = sources.open_source(camera.source, camera.kind, replace(self._timing, stall_s=stall_s), self._threads)
         self._held_frames = sources.held_frames(camera.source, capture, self._threads)
-        fps = sources.frame_rate(capture) or sources.DEFAULT_FPS
-        camera.fps = min(fps, 1 / camera.interval_s) if camera.interval_s else fps
+        camera.learn_rate(capture)
+        if camera.interval_s:
+            camera.fps = min(camera.fps, 1 / camera.interval_s)
         return capture
 
     def _text(self, error: Exception) -> str:
