@@ -59,7 +59,8 @@ class Pipeline:
         try:
             for frame in camera.frames(self.stop):
                 self.stats[camera].captured += 1
-                if dropped := self.buffer.put(frame) if frame.jpeg else frame:
+                dropped = self.buffer.put(frame) if frame.jpeg else frame
+                if dropped:
                     reason = "the run ended" if self.stop.is_set() else "buffer full" if frame.jpeg else "read too late"
                     self.results.put(Result.not_sent(dropped, "dropped", reason))
         finally:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,10 @@ import cv2
 
 from edge import sources
 from edge.errors import SourceError
-from edge.files import play, shown_fps, still_images
+from edge.files import MAX_FAILED_READS, play, shown_fps, still_images
 from edge.frames import DropPolicy, Frame, Image
 from edge.live import LiveSource
-from edge.probe import no_frames_problem, stream_problem
+from edge.probe import no_frames_problem
 from edge.timing import Timing
 
 log = logging.getLogger(__name__)
@@ -70,22 +71,26 @@ class Camera:
             return None
         if self.kind == "file" and (still := sources.read_still_image(self.source)) is not None:
             return self.encode(still)
-        try:
-            capture = sources.open_source(self.source, self.kind, self.timing)
-        except sources.UnopenedStream as error:
-            problem = stream_problem(self.source, self.timing.camera_open_s)
-            raise SourceError(f"{error}: {problem}") from error
+        capture = sources.open_once(self.source, self.kind, self.timing)
         try:
             self.learn_rate(capture)
-            ok, pixels = capture.read()
-            if not ok:
-                raise SourceError(f"{self.name} {no_frames_problem(sources.fourcc(capture), self.kind)}")
-            return self.encode(pixels)
+            return self.encode(self._first_pixels(capture))
         finally:
             capture.release()
 
+    def _first_pixels(self, capture: cv2.VideoCapture) -> Any:
+        """Return the first image that can be decoded. Raises SourceError if there is none."""
+        begin = time.monotonic()
+        for _ in range(MAX_FAILED_READS):
+            ok, pixels = capture.read()
+            if ok:
+                return pixels
+            if time.monotonic() - begin >= self.timing.stall_s:
+                raise SourceError(f"{self.name} can be opened, but no frame came for {self.timing.stall_s:g} s")
+        raise SourceError(f"{self.name} {no_frames_problem(sources.fourcc(capture), self.kind)}")
+
     def learn_rate(self, capture: cv2.VideoCapture) -> None:
-        """Keep the rate that the open source states, and its number of frames; report a rate that can't be."""
+        """Keep the rate that the open source states, and its number of frames; report an implausible rate."""
         fps = sources.frame_rate(capture)
         if fps is None and not self._is_rate_reported:
             self._is_rate_reported = True
@@ -96,7 +101,8 @@ class Camera:
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """Yield frames until a file ends or `stop` is set.
 
-        Raises SourceError if a file can't be opened, or can't be read to its end. A live source never raises it.
+        Raises SourceError if a file can't be opened, or can't be read to its end. A live source raises it only
+        for an image that JPEG can't hold.
         """
         for number, image in enumerate(self._images(stop), start=1):
             jpeg = b"" if image.pixels is None else self.encode(image.pixels)

@@ -53,7 +53,8 @@ class Recording:
             for position_s in self._positions(stop):
                 self._position_s = position_s
                 step_s = position_s - before_s if asked_s is None else asked_s
-                due, before_s = max(due + step_s if self.count > 1 else due, time.monotonic()), position_s
+                before_s = position_s
+                due = max(due + step_s if self.count > 1 else due, time.monotonic())
                 if stop.wait(max(0.0, due - time.monotonic())):
                     return
                 captured_at = time.monotonic()
@@ -88,7 +89,7 @@ class Recording:
         """Return what is wrong if frames of the file are missing; it was read to its end."""
         camera, count, stated = self._camera, self.count, self._camera.frame_count
         ends_early = self._position_s * camera.fps + 1 < 0.9 * stated
-        if not count:
+        if not count and not self._has_stalled:
             return f"{camera.name} {no_frames_problem(self._codec, camera.kind)}"
         if count >= stated > 0:
             return None
@@ -99,8 +100,8 @@ class Recording:
         elif camera.kind != "pipe" and reports_damage(camera.source, stop, camera.timing.probe_s, ends_early):
             problem = "the file is truncated or damaged"
         else:
-            # The stated number is often wrong: sound goes on, or the rate varies. FFmpeg does not notice that FLV is
-            # truncated, and can't read a pipe once more.
+            # The stated number is often wrong: sound goes on, or the rate varies. A pipe can't be read once more, and
+            # FFmpeg does not notice that FLV was cut between two frames.
             if ends_early and (camera.kind == "pipe" or camera.source.lower().endswith(".flv")):
                 log.warning("%s ends after %d frames, and states %d: was it cut?", camera.name, count, stated)
             return None
@@ -115,15 +116,18 @@ def play(camera: Camera, opened: cv2.VideoCapture | None, stop: threading.Event)
     """
     due, is_first_pass = -math.inf, True
     while not stop.is_set():
-        recording = Recording(camera, opened or sources.open_source(camera.source, camera.kind, camera.timing))
-        for image in recording.images(stop, due):
-            due = image.captured_at + (1 / camera.fps if camera.interval_s is None else camera.interval_s)
-            yield image
-        problem = None if stop.is_set() else recording.problem(stop)
+        recording = Recording(camera, opened or sources.open_once(camera.source, camera.kind, camera.timing, stop))
+        try:
+            for image in recording.images(stop, due):
+                due = image.captured_at + (1 / camera.fps if camera.interval_s is None else camera.interval_s)
+                yield image
+        except cv2.error as error:
+            raise SourceError(f"{camera.name}: OpenCV can't read it: {' '.join(str(error).split())}") from error
         does_repeat = camera.loop and camera.kind != "pipe" and recording.count > 0
+        problem = recording.problem(stop) if not stop.is_set() and (is_first_pass or not does_repeat) else None
         if problem and not does_repeat:
             raise SourceError(problem)
-        if problem and is_first_pass:
+        if problem:
             log.error("%s", problem)
         if not does_repeat:
             return

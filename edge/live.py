@@ -30,7 +30,6 @@ MAX_FAILED_READS = 100  # in a row: frames that can't be decoded, or the end of 
 SNAPSHOT_FPS = 1.0  # of a URL that returns one image
 
 MIN_WAIT_S = 0.002  # of a read that had to wait for its frame
-
 # A frame is buffered if FFmpeg read it while it opened the stream, and late if it waited too long to be read.
 State = Literal["current", "buffered", "late"]
 Arrival = tuple[float, State]  # of a frame: when, time.monotonic() seconds
@@ -56,7 +55,7 @@ class LiveSource:
         self._threads = THREADS
         self._stall_s = self._timing.stall_s
         self._intervals: deque[float] = deque(maxlen=5)  # between the last frames
-        self._arrived_at: float | None = None  # of the last frame; None after an interruption that was no stall
+        self._arrived_at: float | None = None  # of the last frame; None after any loss but a stall: it is no interval
         self._is_snapshot = False
         self._held_frames: int | None = None  # of the decoder; None: the stream has no time stamps
 
@@ -81,13 +80,13 @@ class LiveSource:
                 stop.wait(max(0.0, opened_at + interval_s - time.monotonic()))
             elif not stop.is_set():
                 if self._losses.lost():
-                    self._losses.report(self._text(error))
+                    self._losses.report(self._text(error, stop))
                 stop.wait(backoff_s(self._timing.first_reconnect_s, self._timing.max_reconnect_s, attempt))
                 attempt += 1
         return None
 
     def _open(self) -> cv2.VideoCapture:
-        """Open the source and read its frame rate. Raises SourceError if that fails."""
+        """Open the source and learn its rate. Raises SourceError if that fails."""
         camera, stall_s = self._camera, self._timing.stall_s
         if self._intervals:  # A camera of one frame in 5 s does not stall after 5 s.
             stall_s = max(stall_s, min(3 * statistics.median(self._intervals), self._timing.max_stall_s))
@@ -101,17 +100,17 @@ class LiveSource:
             camera.fps = min(camera.fps, 1 / camera.interval_s)
         return capture
 
-    def _text(self, error: Exception) -> str:
+    def _text(self, error: Exception, stop: threading.Event) -> str:
         """Return why the source was lost, in one line and without its password."""
         text = str(error)
         if isinstance(error, sources.UnopenedStream):
-            text += f": {stream_problem(self._camera.source, self._timing.camera_open_s)}"
+            text += f": {stream_problem(self._camera.source, self._timing.camera_open_s, stop)}"
         return " ".join(text.replace(self._camera.source, self._camera.name).split())
 
     def _read(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[Image]:
         """Yield the images of an open source at the rate asked for, until no more come. Close it then."""
-        is_playlist = sources.is_playlist(self._camera.source)
-        arrivals = (self._paced if is_playlist else self._clocked)(self._grabs(capture, stop), stop)
+        grabs = self._grabs(capture, stop)
+        arrivals = self._paced(grabs, stop) if sources.is_playlist(self._camera.source) else self._clocked(grabs)
         held: Image | None = None  # the newest of the buffered frames
         count = 0
         try:
@@ -160,11 +159,12 @@ class LiveSource:
             now = time.monotonic()
             worked_s += time.thread_time()
             # When FFmpeg stops waiting, OpenCV delivers the frames that the decoder still holds.
-            if self._camera.kind == "stream" and now - begin >= self._stall_s:
-                raise SourceError(f"no frame came for {self._stall_s:g} s (--stall-timeout)")
+            if now - begin >= self._stall_s:
+                hint = " (--stall-timeout)" if self._stall_s == self._timing.stall_s else ""
+                raise SourceError(f"no frame came for {self._stall_s:g} s{hint}")
             failures = 0 if ok else failures + 1
-            if ok:
-                has_waited = now - begin > max(MIN_WAIT_S, 2 * worked_s)
+            if ok:  # Of a device nothing is buffered.
+                has_waited = self._camera.kind == "device" or now - begin > max(MIN_WAIT_S, 2 * worked_s)
                 yield Grab(now, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, has_waited)
 
     def _learn_interval(self, arrived_at: float) -> None:
@@ -172,26 +172,26 @@ class LiveSource:
             self._intervals.append(arrived_at - self._arrived_at)
         self._arrived_at = arrived_at
 
-    def _clocked(self, grabs: Iterator[Grab], stop: threading.Event) -> Iterator[Arrival]:
+    def _clocked(self, grabs: Iterator[Grab]) -> Iterator[Arrival]:
         """Yield when each frame arrived. Raises SourceError if the frames can't be decoded as fast as they come."""
-        clock = StreamClock(self._held_frames or 0)
-        is_late, behind_since = False, math.inf
-        is_current = self._camera.kind == "device"
+        clock = StreamClock(self._held_frames)
+        late: list[Grab] = []  # since when all are
         for grab in grabs:
-            now = grab.read_at
-            if self._held_frames is None or stop.is_set():
-                is_current = is_current or grab.has_waited or stop.is_set()
-                yield now, "current" if is_current else "buffered"
-                continue
-            captured_at = clock.arrived_at(now, grab.stamp_s)
-            limit_s = self._timing.max_lag_s / (5 if is_late else 1)
-            is_late = clock.lag_s > limit_s and self._camera.drop_policy != "none"
-            behind_since = min(behind_since, now) if is_late else math.inf
-            if now - behind_since > self._timing.max_behind_s:
-                self._threads = min(2 * self._threads, os.cpu_count() or 1)
-                text = f"it sends more than can be decoded: {self._threads} threads next, or choose a smaller stream"
-                raise SourceError(text)
-            yield captured_at, "late" if is_late else "current" if clock.is_current else "buffered"
+            captured_at = clock.arrived_at(grab.read_at, grab.stamp_s, grab.has_waited)
+            is_late = clock.lag_s > self._timing.max_lag_s / (5 if late else 1) and self._camera.drop_policy != "none"
+            late = [*late, grab] if is_late else []
+            if late and grab.read_at - late[0].read_at > self._timing.max_behind_s:
+                if sum(each.has_waited for each in late) < len(late) / 2:
+                    raise SourceError(self._more_threads())
+                clock.restart()  # Reading is fast enough: the time stamps are slow.
+                late = []
+            yield captured_at, "late" if late else "current" if clock.is_current else "buffered"
+
+    def _more_threads(self) -> str:
+        """Decode with more threads when the stream is opened again; return why."""
+        before, self._threads = self._threads, min(2 * self._threads, os.cpu_count() or 1)
+        text = f"it sends more than {before} thread{'s' if before > 1 else ''} can decode"
+        return f"{text}, {self._threads} next" if self._threads > before else f"{text}: choose a smaller stream"
 
     def _paced(self, grabs: Iterator[Grab], stop: threading.Event) -> Iterator[Arrival]:
         """Yield the frames of a playlist at the intervals of their time stamps: they arrive in bursts of a segment."""

@@ -52,7 +52,11 @@ def messages(
     command, pipe = [sys.executable, __file__], subprocess.PIPE
     text: bytes | None = f"{source}\0{task}\0{1000 * timeout_s:.0f}".encode()
     deadline = time.monotonic() + timeout_s + START_S
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+    try:
+        process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    except OSError:
+        return None  # The machine has no memory left, or too many processes.
+    with process:
         while True:
             try:
                 output, _ = process.communicate(text, timeout=POLL_S)
@@ -95,11 +99,8 @@ def file_problem(path: Path, timeout_s: float = 10.0) -> str:
 def no_frames_problem(codec: str, kind: str) -> str:
     """Return why a source that was opened has no frames; `codec` is its four letters."""
     hint = f"; {PIPES}" if kind == "pipe" else ""
-    return f"can be opened, but delivers no frames: OpenCV can't decode them, their codec is {codec_name(codec)}{hint}"
-
-
-def codec_name(codec: str) -> str:
-    return CODECS.get(codec, codec) or "unknown"
+    name = CODECS.get(codec, codec) or "unknown"
+    return f"can be opened, but delivers no frames: OpenCV can't decode them (codec {name}){hint}"
 
 
 def reports_damage(source: str, stop: threading.Event, timeout_s: float, is_short: bool) -> bool:
@@ -117,9 +118,9 @@ def join(reports: list[tuple[int, str]]) -> str:
     return "\n".join(report for _, report in reports)
 
 
-def stream_problem(source: str, timeout_s: float) -> str:
+def stream_problem(source: str, timeout_s: float, stop: threading.Event | None = None) -> str:
     """Open a network stream once more; return why that fails, without any part of its address."""
-    reports = messages(source, "open", WARNING, timeout_s)
+    reports = messages(source, "open", WARNING, timeout_s, stop)
     if reports is None:
         return f"no response within {timeout_s:g} s"
     text = join(reports) or http_status(source, timeout_s)
@@ -127,8 +128,8 @@ def stream_problem(source: str, timeout_s: float) -> str:
     fallback = status[1].strip() if status else "check address and password, and that the stream is running"
     problem = next((problem for report, problem in STREAM_PROBLEMS.items() if report in text), fallback)
     userinfo, _, _ = source.split("://", 1)[1].rpartition("@")
-    is_parsed_wrong = re.search(r"[@#/?]|:.*:|%(?![0-9a-fA-F]{2})", userinfo) and ENCODE not in problem
-    return f"{problem}; {ENCODE}" if is_parsed_wrong else problem
+    is_parsed_wrong = ":" in userinfo and re.search(r"[@#/?]|:.*:|%(?![0-9a-fA-F]{2})", userinfo)
+    return f"{problem}; {ENCODE}" if is_parsed_wrong and ENCODE not in problem else problem
 
 
 def http_status(source: str, timeout_s: float) -> str:

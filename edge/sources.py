@@ -15,7 +15,7 @@ import cv2
 import requests
 
 from edge.errors import SourceError
-from edge.probe import PIPES, file_problem
+from edge.probe import PIPES, file_problem, stream_problem
 from edge.timing import Timing
 
 # OpenCV reads these variables. FFmpeg can be used by several threads: otherwise OpenCV opens one source at a time, and
@@ -106,6 +106,14 @@ def open_source(source: str, kind: Kind, timing: Timing, threads: int = 1) -> cv
     return open_file(source) if kind == "file" else open_device(source)
 
 
+def open_once(source: str, kind: Kind, timing: Timing, stop: threading.Event | None = None) -> cv2.VideoCapture:
+    """Open a source that is no pipe, and is not tried again. Raises SourceError, with the cause, if that fails."""
+    try:
+        return open_source(source, kind, timing)
+    except UnopenedStream as error:
+        raise SourceError(f"{error}: {stream_problem(source, timing.camera_open_s, stop)}") from error
+
+
 def open_file(source: str) -> cv2.VideoCapture:
     """Open a file. Raises SourceError if that fails."""
     check_path(source)
@@ -118,8 +126,11 @@ def open_file(source: str) -> cv2.VideoCapture:
 
 def open_device(source: str) -> cv2.VideoCapture:
     """Open a device by its number or path. Raises SourceError if that fails."""
-    capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
-    if not capture.isOpened():
+    try:
+        capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
+    except (cv2.error, OverflowError):
+        capture = None
+    if capture is None or not capture.isOpened():
         raise SourceError(f"no camera {source}: check that it is plugged in and that no other program uses it")
     return capture
 
@@ -148,7 +159,10 @@ def opened_pipe(source: str, stop: threading.Event, poll_s: float) -> Iterator[c
     It is opened only once: what was read from it can't be read again. Raises SourceError if it is no video.
     """
     check_path(source)
-    fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise SourceError(f"{source} can't be read: {error.strerror}") from error
     try:
         while not stop.is_set() and not select.select([fd], [], [], poll_s)[0]:
             pass

@@ -24,7 +24,7 @@ class Timing:
     report_after_s: float = 2.0  # shorter failures are not worth a line
     check_s: float = 2.0  # --check shows the state now: it does not wait for a server that is starting
 
-    camera_open_s: float = 10.0  # FFmpeg watches a stream for 5 s to learn its frame rate
+    camera_open_s: float = 10.0  # FFmpeg watches a stream for up to 5 s to learn its frame rate
     stall_s: float = 5.0  # A live camera sends more than one frame in 5 s: --stall-timeout
     max_stall_s: float = 60.0  # however slow the camera is
     playlist_stall_s: float = 30.0  # HLS and DASH deliver segments of up to 10 s

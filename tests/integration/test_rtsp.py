@@ -63,12 +63,6 @@ def test_camera_of_one_frame_a_second(monkeypatch: pytest.MonkeyPatch, stop: thr
         assert waited_s == pytest.approx(threads, abs=0.5)
 
 
-def test_camera_is_decoded_by_one_thread(camera: RtspCamera, stop: threading.Event) -> None:
-    """Each thread holds back a frame: on a machine of 16 cores 0.6 s at 25 frames a second, 15 s at one."""
-    frame = next(Camera(camera.url).frames(stop))
-    assert time.monotonic() - frame.captured_at < 1.0
-
-
 @pytest.mark.parametrize("encoder", ["b-frames", "mjpeg"])
 def test_other_streams(stop: threading.Event, encoder: str) -> None:
     """The encoder itself delays frames that refer to later ones, by some frames."""
@@ -116,7 +110,8 @@ def test_camera_that_is_killed_and_started_again(stop: threading.Event, caplog: 
             thread.join(120)
             assert not thread.is_alive()
     assert_true_times(arrived[5:])
-    assert ["the camera is lost" in caplog.messages[0], "is back after" in caplog.messages[1]] == [True, True]
+    assert "the camera is lost" in caplog.messages[0]
+    assert "the camera is back after" in caplog.messages[1]
 
 
 def test_digest_login(stop: threading.Event) -> None:

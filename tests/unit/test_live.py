@@ -41,7 +41,7 @@ def test_frames_that_wait_to_be_read_have_the_time_at_which_they_arrived() -> No
     for number in range(100):
         arrived_at = 50 + number / 25
         read_at = max(arrived_at, 53.0) if arrived_at > 51 else arrived_at
-        assert clock.arrived_at(read_at, 7 + number / 25) == pytest.approx(arrived_at, abs=0.01)
+        assert clock.arrived_at(read_at, 7 + number / 25, True) == pytest.approx(arrived_at, abs=0.01)
         assert clock.lag_s == pytest.approx(read_at - arrived_at, abs=0.01)
 
 
@@ -52,7 +52,7 @@ def test_frames_that_ffmpeg_held_back_have_the_time_at_which_they_arrived(held_f
     for number in range(100):
         arrived_at = 50 + number / 25
         read_at = max(arrived_at + held_frames / 25, 50 + 30 / 25)
-        captured_at = clock.arrived_at(read_at, number / 25)
+        captured_at = clock.arrived_at(read_at, number / 25, True)
         if clock.is_current:
             current.append(number)
             assert captured_at == pytest.approx(arrived_at, abs=0.041)
@@ -67,7 +67,7 @@ def test_jitter_of_the_network_is_no_time_of_capture(delays_s: list[float]) -> N
     """Times never exceed the time of reading, and increase by the intervals of the camera or by less."""
     clock, before = StreamClock(held_frames=0), -1.0
     for number, delay_s in enumerate(delays_s):
-        captured_at = clock.arrived_at(50 + number / 5 + delay_s, number / 5)
+        captured_at = clock.arrived_at(50 + number / 5 + delay_s, number / 5, True)
         assert 50 + number / 5 - 0.001 <= captured_at <= 50 + number / 5 + delay_s + 1e-6
         assert captured_at > before
         before = captured_at
@@ -79,7 +79,7 @@ def test_time_stamps_that_begin_anew_or_are_missing_do_not_age_frames() -> None:
         clock = StreamClock(held_frames=0)
         for number, stamp_s in enumerate(stamps):
             now = 50 + number / 25
-            assert clock.arrived_at(now, stamp_s) == pytest.approx(now, abs=0.001)
+            assert clock.arrived_at(now, stamp_s, True) == pytest.approx(now, abs=0.001)
         assert clock.is_current
 
 
@@ -87,7 +87,7 @@ def test_clocks_that_differ_do_not_age_frames() -> None:
     """A camera's clock that is slow by 200 millionths, for an hour."""
     clock = StreamClock(held_frames=0)
     for second in range(3600):
-        captured_at = clock.arrived_at(50 + second * 1.0002, float(second))
+        captured_at = clock.arrived_at(50 + second * 1.0002, float(second), True)
         assert captured_at == pytest.approx(50 + second * 1.0002, abs=0.001)
 
 
@@ -106,7 +106,9 @@ class SlowDecoder:
         return True
 
     def get(self, what: int) -> float:
-        return {cv2.CAP_PROP_FPS: 25.0, cv2.CAP_PROP_POS_MSEC: 40.0 * self.number}.get(what, 0.0)
+        jpeg = cv2.VideoWriter.fourcc(*"MJPG")
+        values = {cv2.CAP_PROP_FPS: 25.0, cv2.CAP_PROP_POS_MSEC: 40.0 * self.number, cv2.CAP_PROP_FOURCC: jpeg}
+        return values.get(what, 0.0)
 
     def grab(self) -> bool:
         self.number += 1
@@ -127,6 +129,7 @@ def slow_decoder(clock: Time, monkeypatch: pytest.MonkeyPatch) -> type[SlowDecod
     monkeypatch.setattr(SlowDecoder, "threads", [])
     monkeypatch.setattr("cv2.VideoCapture", SlowDecoder)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("time.thread_time", clock)  # Decoding is all that takes time.
     return SlowDecoder
 
 
@@ -143,9 +146,40 @@ def test_decoder_that_is_too_slow_gets_more_threads(
         assert age_s < 1 or not frame.jpeg, "a frame that waited is not worth its encoding"
     assert slow_decoder.threads == [1, 2, 4]
     assert caplog.messages[0] == (
-        "rtsp://camera/live: the camera is lost, it sends more than can be decoded: 2 threads next, or choose a "
-        "smaller stream; trying until it is back"
+        "rtsp://camera/live: the camera is lost, it sends more than 1 thread can decode, 2 next; "
+        "trying until it is back"
     )
+
+
+def test_decoder_that_is_too_slow_on_all_cores_is_reported(
+    slow_decoder: type[SlowDecoder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    camera = Camera("rtsp://camera/live", timing=Timing(first_reconnect_s=0.0, report_s=0.0))
+    frames = list(read(camera, 1000))
+    assert set(slow_decoder.threads[1:]) == {2}
+    assert "it sends more than 2 threads can decode: choose a smaller stream" in caplog.messages[-2]
+    assert 0.1 < sum(bool(frame.jpeg) for frame in frames) / len(frames) < 0.9
+
+
+def test_slow_time_stamps_are_no_slow_decoder(
+    slow_decoder: type[SlowDecoder], clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of 25 frames a second, of which 10 come: reading waits for them."""
+    monkeypatch.setattr("time.thread_time", lambda: 0.0)
+    camera = Camera("rtsp://camera/live")
+    frames = list(read(camera, 400))
+    assert slow_decoder.threads == [1]
+    assert all(clock.now - frame.captured_at < 42 for frame in frames)
+    assert sum(bool(frame.jpeg) for frame in frames) > 10
+
+
+def test_images_that_never_wait_are_delivered(clock: Time, slow_decoder: type[SlowDecoder]) -> None:
+    """JPEG over HTTP of a camera that is faster than its decoder: nothing says which frames were buffered."""
+    frame = next(read(Camera("http://camera/live"), 1))
+    assert frame.jpeg
+    assert clock.now - 1000 < 6
+    assert slow_decoder.threads == [1]
 
 
 def test_camera_that_waits_loses_no_frame(slow_decoder: type[SlowDecoder]) -> None:
@@ -207,4 +241,6 @@ def test_camera_that_stays_lost_after_it_came_back_shortly_is_reported(
     for _ in range(100):
         clock.now += 1
         lose(report)
-    assert [message.split(" is ")[1][:8] for message in caplog.messages] == ["not ther", "back aft", "lost, cu"]
+    texts = ["is not there, cut; trying until it is back", "is back after 0.0 s"]
+    assert caplog.messages[:2] == [f"camera: the camera {text}" for text in texts]
+    assert caplog.messages[2:] == ["camera: the camera is lost, cut; trying until it is back"]
