@@ -19,6 +19,7 @@ from edge import sources
 from edge.clock import StreamClock
 from edge.errors import SourceError
 from edge.frames import Image
+from edge.losses import LossReport
 from edge.probe import stream_problem
 from edge.timing import backoff_s
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from edge.cameras import Camera
 
 THREADS = 1  # of the decoder, at first: each of them holds back a frame
-MAX_FAILED_READS = 100  # in a row: frames that can't be decoded, or the end of the stream
+MAX_FAILED_READS = 20  # more than successful ones
+END_S = 0.5  # of failed reads at the end of a stream
 SNAPSHOT_FPS = 1.0  # of a URL that returns one image
 
 MIN_WAIT_S = 0.002  # of a read that had to wait for its frame
@@ -152,8 +154,8 @@ class LiveSource:
 
     def _grabs(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[Grab]:
         """Grab frame after frame. Raises SourceError if no frame comes."""
-        failures = 0
-        while not stop.is_set() and failures < MAX_FAILED_READS:
+        failures, failing_since = 0, math.inf
+        while not stop.is_set():
             begin, worked_s = time.monotonic(), -time.thread_time()
             ok = capture.grab()
             now = time.monotonic()
@@ -162,7 +164,12 @@ class LiveSource:
             if now - begin >= self._stall_s:
                 hint = " (--stall-timeout)" if self._stall_s == self._timing.stall_s else ""
                 raise SourceError(f"no frame came for {self._stall_s:g} s{hint}")
-            failures = 0 if ok else failures + 1
+            failures = max(0, failures - 1) if ok else failures + 1
+            failing_since = min(failing_since, begin) if failures else math.inf
+            if failures >= MAX_FAILED_READS:
+                if now - failing_since < END_S:
+                    return  # At the end of a stream reading fails at once.
+                raise SourceError("most of its frames can't be decoded")
             if ok:  # Of a device nothing is buffered.
                 has_waited = self._camera.kind == "device" or now - begin > max(MIN_WAIT_S, 2 * worked_s)
                 yield Grab(now, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, has_waited)
@@ -204,47 +211,3 @@ class LiveSource:
             if stop.wait(max(0.0, due - time.monotonic())):
                 return
             yield time.monotonic(), "current"
-
-
-class LossReport:
-    """Reports that a camera is lost and that it is back; if that happens again and again, one line in `interval_s`."""
-
-    def __init__(self, name: str, interval_s: float) -> None:
-        self._name, self._interval_s = name, interval_s
-        self._seen_at, self._written_at = time.monotonic(), -math.inf
-        self._was_seen = self._is_lost = False
-        self._losses = 0  # since the last line
-        self._says_lost = self._says_often = False  # the last line
-
-    def lost(self) -> bool:
-        """Record that the camera is lost; return whether report() is due."""
-        self._losses += not self._is_lost
-        self._is_lost = True
-        return not self._says_lost and self._is_due()
-
-    def report(self, problem: str) -> None:
-        """Report that the camera is lost, and why."""
-        self._says_often = self._losses > 1
-        state = "lost" if self._was_seen else "not there"
-        text = f"was lost {self._often()}, the last time: {problem}" if self._says_often else f"is {state}, {problem}"
-        self._write(f"the camera {text}; trying until it is back", says_lost=True)
-
-    def found(self, captured_at: float) -> None:
-        """Record a frame; report that the camera is back, if it was lost."""
-        if self._says_lost and not self._losses and not self._says_often:
-            self._write(f"the camera is back after {captured_at - self._seen_at:.1f} s", says_lost=False)
-        elif (self._says_lost or self._losses) and self._is_due():
-            text = f"was lost {self._often()}, and is back" if self._losses else "is back"
-            self._write(f"the camera {text}", says_lost=False)
-        self._was_seen, self._is_lost, self._seen_at = True, False, captured_at
-
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._written_at >= self._interval_s
-
-    def _often(self) -> str:
-        times = "once" if self._losses == 1 else f"{self._losses} times"
-        return f"{times} in {time.monotonic() - self._written_at:.0f} s"
-
-    def _write(self, text: str, says_lost: bool) -> None:
-        log.warning("%s: %s", self._name, text)
-        self._losses, self._says_lost, self._written_at = 0, says_lost, time.monotonic()

@@ -227,14 +227,14 @@ CAMERA_LOST, CAMERA_BACK = "the camera is lost", "the camera is back after"
 FAULTS = {
     "workers killed": Fault(workers_killed, 7),
     "server killed": Fault(server_killed, 3, rf"{LOST}.*(refused|reset|closed)", BACK),
+    "camera cut": Fault(camera("cut"), 3, CAMERA_LOST, CAMERA_BACK),
     "server frozen": Fault(server_frozen, 10, SILENCE, BACK),
     "queue full": Fault(queue_full, 5),
     "token renewed": Fault(token_renewed, 2),
     "network latency": Fault(network("latency"), 5),
+    "camera sends garbage": Fault(camera("garbage"), 5, CAMERA_LOST, CAMERA_BACK),
     "answers trickle": Fault(network("trickle"), 8, SILENCE, BACK),
     "answers cut off": Fault(network("reset"), 5, rf"{LOST}.*reset", BACK),
     "network black hole": Fault(network("blackhole"), 9, SILENCE, BACK),
-    "camera sends garbage": Fault(camera("garbage"), 5, CAMERA_LOST, CAMERA_BACK),
-    "camera cut": Fault(camera("cut"), 3, CAMERA_LOST, CAMERA_BACK),
     "camera stalled": Fault(camera("stalled"), 7, CAMERA_LOST, CAMERA_BACK),
 }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge.cameras import Camera
 from edge.clock import StreamClock
 from edge.frames import Frame
-from edge.live import LossReport
+from edge.losses import LossReport
 from edge.timing import Timing
 
 
@@ -69,7 +69,7 @@ def test_jitter_of_the_network_is_no_time_of_capture(delays_s: list[float]) -> N
     for number, delay_s in enumerate(delays_s):
         captured_at = clock.arrived_at(50 + number / 5 + delay_s, number / 5, True)
         assert 50 + number / 5 - 0.001 <= captured_at <= 50 + number / 5 + delay_s + 1e-6
-        assert captured_at > before
+        assert captured_at >= before - 1e-6
         before = captured_at
 
 
@@ -222,8 +222,8 @@ def test_camera_that_is_lost_again_and_again_is_reported_once_a_minute(
         lose(report)
         clock.now += 0.25
         report.found(clock.now)
-    assert len(caplog.messages) == 2 + 250 // 60
-    assert caplog.messages[2] == "camera: the camera was lost 240 times in 60 s, and is back"
+    assert len(caplog.messages) == 4 + 250 // 60
+    assert caplog.messages[4] == "camera: the camera was lost 240 times in 60 s, and is back"
     caplog.clear()
     for _ in range(250):
         clock.now += 0.25
