@@ -8,7 +8,7 @@ CLOCK_DRIFT = 0.001  # A camera's clock is more exact, about 0.0001.
 
 
 class StreamClock:
-    """Tells when the frames of a stream arrived, also if they waited before they were read.
+    """Computes when the frames of a stream arrived, also if they waited before they were read.
 
     The time from a frame's time stamp to its arrival is the same for all frames, but for the unknown start of the time
     stamps. Whatever a frame takes longer than the fastest one, it waited.

@@ -72,7 +72,7 @@ class LiveSource:
                 if may_have_end and sources.has_end(self._camera.source, capture, self._stall_s):
                     return capture
                 for image in self._read(capture, stop):
-                    self._losses.found(image.captured_at)
+                    self._losses.record_frame(image.captured_at)
                     attempt, may_have_end = 0, False
                     yield image
             except (SourceError, cv2.error) as caught:
@@ -81,7 +81,7 @@ class LiveSource:
                 interval_s = self._camera.interval_s or 1 / SNAPSHOT_FPS
                 stop.wait(max(0.0, opened_at + interval_s - time.monotonic()))
             elif not stop.is_set():
-                if self._losses.lost():
+                if self._losses.record_loss():
                     self._losses.report(self._text(error, stop))
                 stop.wait(backoff_s(self._timing.first_reconnect_s, self._timing.max_reconnect_s, attempt))
                 attempt += 1

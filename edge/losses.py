@@ -24,7 +24,7 @@ class LossReport:
         self._says_lost = self._says_often = False  # the last line
         self._reports = deque([-math.inf] * MAX_REPORTS, MAX_REPORTS)  # when the last losses were reported
 
-    def lost(self) -> bool:
+    def record_loss(self) -> bool:
         """Record that the camera is lost; return whether report() is due."""
         self._losses += not self._is_lost
         self._is_lost = True
@@ -38,7 +38,7 @@ class LossReport:
         text = f"was lost {self._often()}, the last time: {problem}" if self._says_often else f"is {state}, {problem}"
         self._write(f"the camera {text}; trying until it is back", says_lost=True)
 
-    def found(self, captured_at: float) -> None:
+    def record_frame(self, captured_at: float) -> None:
         """Record a frame; report that the camera is back, if it was lost."""
         if self._says_lost and not self._losses and not self._says_often:
             self._write(f"the camera is back after {captured_at - self._seen_at:.1f} s", says_lost=False)
@@ -57,5 +57,6 @@ class LossReport:
     def _write(self, text: str, says_lost: bool) -> None:
         log.warning("%s: %s", self._name, text)
         self._written_at = time.monotonic()
+        # A line with a number counts for all of them: the next one follows after `interval_s`.
         self._reports.extend([self._written_at] * (MAX_REPORTS if self._losses > 1 else says_lost))
         self._losses, self._says_lost = 0, says_lost

@@ -1,12 +1,14 @@
 """The TorchServe nodes that several modules ask. Each is started once, see SERVERS in tests/conftest.py."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from demo.node import PROJECT, Node, torchserve
 from tests.support.archives import Archives
+from tests.support.media import VFR, X264, ffmpeg, pattern
 from tests.support.networks import random_resnet18
 
 
@@ -34,3 +36,20 @@ def gathering_node(tmp_path_factory: pytest.TempPathFactory, archives: Archives)
     assert '"maxBatchDelay": 5' in config
     with torchserve(folder, ["resnet-18"], config.replace('"maxBatchDelay": 5', one_slow_worker)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with videos of 100 frames, vfr.mp4 of a variable rate, and a recording as HLS."""
+    folder = tmp_path_factory.mktemp("media")
+    for suffix in ("mkv", "flv", "ts"):
+        ffmpeg(*pattern(), *X264, folder / f"clip.{suffix}")
+    ffmpeg(*pattern(), *X264, "-movflags", "faststart", folder / "clip.mp4")
+    ffmpeg(*pattern(), *X264, "-movflags", "frag_keyframe+empty_moov", folder / "fragments.mp4")
+    ffmpeg(*pattern(), "-c:v", "libvpx", "-deadline", "realtime", folder / "clip.webm")
+    ffmpeg(*pattern(), "-c:v", "mpeg4", "-g", "12", folder / "clip.avi")
+    x265 = "keyint=12:log-level=none"
+    ffmpeg(*pattern(), "-c:v", "libx265", "-x265-params", x265, "-pix_fmt", "yuv420p", folder / "h265.mp4")
+    ffmpeg(*pattern(30, 8), *VFR, *X264, folder / "vfr.mp4")
+    ffmpeg(*pattern(), *X264, "-f", "hls", "-hls_time", "1", "-hls_list_size", "0", folder / "recording.m3u8")
+    return folder

@@ -2,15 +2,21 @@
 
 import functools
 import http.server
+import math
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
 
+from edge.cameras import Camera
+from edge.errors import SourceError
+from edge.frames import Frame
+
+VFR = ("-vf", "select='lt(n,50)+not(mod(n,30))'", "-fps_mode", "vfr")  # 30 frames a second, then one
 X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-g", "12", "-pix_fmt", "yuv420p")
 
 
@@ -26,6 +32,29 @@ def pattern(rate: float = 25, seconds: float = 4, size: str = "64x48") -> list[s
 def tone(seconds: float) -> list[str]:
     """Return FFmpeg's arguments of a sound."""
     return ["-f", "lavfi", "-i", f"sine=duration={seconds}"]
+
+
+def changed(path: Path, target: Path, change: Callable[[bytearray], bytes | bytearray]) -> Path:
+    """Write a file with changed bytes."""
+    target.write_bytes(change(bytearray(path.read_bytes())))
+    return target
+
+
+def zeros(data: bytearray) -> bytearray:
+    """Overwrite a fifth of the data, in the middle."""
+    first, last = int(0.4 * len(data)), int(0.6 * len(data))
+    data[first:last] = bytes(last - first)
+    return data
+
+
+def read(source: str | Path, fps: float | None = math.inf) -> tuple[list[Frame], str | None]:
+    """Return the frames of a source, and the error at its end."""
+    frames: list[Frame] = []
+    try:
+        frames.extend(Camera(str(source), fps).frames(threading.Event()))
+    except SourceError as error:
+        return frames, str(error)
+    return frames, None
 
 
 class FileHandler(http.server.BaseHTTPRequestHandler):

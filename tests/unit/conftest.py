@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.archives import unpacked_archive
+from tests.support.clock import Clock
 from tests.support.in_process import Model
 
 
@@ -42,3 +43,10 @@ def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(resnet18: Path) -> Model:
     """The handler, with ResNet-18 on one thread."""
     return Model(resnet18)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    return clock

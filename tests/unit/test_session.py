@@ -11,26 +11,10 @@ from requests.adapters import BaseAdapter
 from edge.auth import BearerToken
 from edge.session import MAX_TOKENS, RetrySession, ServerHealth
 from edge.timing import Timing
+from tests.support.clock import Clock
 
 URL = "http://server:8080"
 DOWN = f"{URL} is not responding (503 busy); retrying until it does"
-
-
-class Clock:
-    """Stands in for time.monotonic()."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("time.monotonic", clock)
-    return clock
 
 
 @pytest.fixture
