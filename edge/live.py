@@ -182,17 +182,20 @@ class LiveSource:
     def _clocked(self, grabs: Iterator[Grab]) -> Iterator[Arrival]:
         """Yield when each frame arrived. Raises SourceError if the frames can't be decoded as fast as they come."""
         clock = StreamClock(self._held_frames)
-        late: list[Grab] = []  # since when all are
+        may_drop = self._camera.drop_policy != "none"
+        lagging: list[Grab] = []  # since when all are
         for grab in grabs:
             captured_at = clock.arrived_at(grab.read_at, grab.stamp_s, grab.has_waited)
-            is_late = clock.lag_s > self._timing.max_lag_s / (5 if late else 1) and self._camera.drop_policy != "none"
-            late = [*late, grab] if is_late else []
-            if late and grab.read_at - late[0].read_at > self._timing.max_behind_s:
-                if sum(each.has_waited for each in late) < len(late) / 2:
+            lags = clock.lag_s > self._timing.max_lag_s / (5 if lagging else 1)
+            lagging = [*lagging, grab] if lags else []
+            if lags and grab.read_at - lagging[0].read_at > self._timing.max_lag_time_s:
+                if may_drop and sum(each.has_waited for each in lagging) < len(lagging) / 2:
                     raise SourceError(self._more_threads())
                 clock.restart()  # Reading is fast enough: the time stamps are slow.
-                late = []
-            yield captured_at, "late" if late else "current" if clock.is_current else "buffered"
+                lagging = []
+            # A frame that reading waited for is the newest, however late it comes.
+            is_late = bool(lagging) and may_drop and not grab.has_waited
+            yield captured_at, "late" if is_late else "current" if clock.is_current else "buffered"
 
     def _more_threads(self) -> str:
         """Decode with more threads when the stream is opened again; return why."""

@@ -146,6 +146,22 @@ def test_decoder_that_is_too_slow_on_all_cores_is_reported(
     assert 0.1 < sum(bool(frame.jpeg) for frame in frames) / len(frames) < 0.9
 
 
+def test_frame_that_the_network_delayed_is_no_late_frame(
+    slow_decoder: type[SlowDecoder], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tenth comes 0.4 s later than the others: nothing newer is there yet."""
+    monkeypatch.setattr("time.thread_time", lambda: 0.0)
+
+    def grab(capture: SlowDecoder) -> bool:
+        capture.number += 25
+        arrives_at = capture.opened_at + capture.number / 25 + (0.4 if capture.number % 250 == 0 else 0.0)
+        clock.now = max(clock.now + 0.001, arrives_at)
+        return True
+
+    monkeypatch.setattr(slow_decoder, "grab", grab)
+    assert all(frame.jpeg for frame in read(Camera("rtsp://camera/live"), 100))
+
+
 def test_slow_time_stamps_are_no_slow_decoder(
     slow_decoder: type[SlowDecoder], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
