@@ -52,15 +52,14 @@ class Pipeline:
         self.buffer = FrameBuffer(max(MAX_WAITING_FRAMES, options.frames_per_request), cameras, window, stop, timing)
         self.results: queue.Queue[Result | Future[None]] = queue.Queue(MAX_RESULTS)  # and the ended threads
         self.error: BaseException | None = None
-        self.source_error: SourceError | None = None
+        self.source_code = 0  # the exit code for a source that can't be read
 
     def read_frames(self, camera: Camera) -> None:
         """Read the frames of a camera into the buffer (reader thread)."""
         try:
             for frame in camera.frames(self.stop):
                 self.stats[camera].captured += 1
-                dropped = self.buffer.put(frame) if frame.jpeg else frame
-                if dropped:
+                if dropped := (self.buffer.put(frame) if frame.jpeg else frame):
                     reason = "the run ended" if self.stop.is_set() else "buffer full" if frame.jpeg else "read too late"
                     self.results.put(Result.not_sent(dropped, "dropped", reason))
         finally:
@@ -123,10 +122,10 @@ class Pipeline:
             self.record_error(ServerError(text))
 
     def record_error(self, error: BaseException | None) -> None:
-        """Keep the error that run() raises. It ends the run, unless it is a source that can't be read."""
+        """Keep the error that run() raises; a source that can't be read is reported, and does not end the run."""
         if isinstance(error, SourceError):
             log.error("%s", error)
-            self.source_error = self.source_error or error
+            self.source_code = error.exit_code
         elif error:
             self.error = self.error or error
             self.stop.set()
@@ -148,9 +147,10 @@ class Pipeline:
                     log.warning("the reader of %s hangs and is left behind", camera.name)
             outputs.close()
             print(summary(self.stats), file=sys.stderr)
-        if error := self.error or self.source_error:
-            raise error
-        return 1 if outputs.has_failed or any(counts.outcomes["failed"] for counts in self.stats.values()) else 0
+        if self.error:
+            raise self.error
+        has_failed = outputs.has_failed or any(counts.outcomes["failed"] for counts in self.stats.values())
+        return self.source_code or int(has_failed)
 
 
 def open_outputs(cameras: list[Camera], options: Options, stop: threading.Event) -> Outputs:

@@ -212,13 +212,13 @@ def test_results_are_written_once_and_in_frame_order_in_whatever_order_responses
 
 
 @pytest.mark.timeout(120)
-def test_a_source_that_cannot_be_read_ends_the_run_after_the_others(
-    capsys: pytest.CaptureFixture[str], stop: threading.Event
+def test_a_source_that_cannot_be_read_is_reported_once_and_the_others_go_on(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, stop: threading.Event
 ) -> None:
     cameras = [Missing("x.mp4"), ManyFrames("a.mp4")]
     pipeline = Pipeline(cameras, cast(TorchServeClient, UnorderedClient()), parse_args([]), stop, Timing())
     recorder = Recorder()
-    with pytest.raises(SourceError, match="no such file"):
-        pipeline.run(Outputs([recorder], stop))
+    assert pipeline.run(Outputs([recorder], stop)) == SourceError.exit_code == 3
+    assert caplog.messages == ["no such file"]
     assert [result.frame.number for result in recorder.results] == list(range(1, 201))
     assert "a.mp4" in capsys.readouterr().err
