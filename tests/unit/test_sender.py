@@ -219,6 +219,6 @@ def test_a_source_that_cannot_be_read_is_reported_once_and_the_others_go_on(
     pipeline = Pipeline(cameras, cast(TorchServeClient, UnorderedClient()), parse_args([]), stop, Timing())
     recorder = Recorder()
     assert pipeline.run(Outputs([recorder], stop)) == SourceError.exit_code == 3
-    assert caplog.messages == ["no such file"]
+    assert caplog.messages.count("no such file") == 1
     assert [result.frame.number for result in recorder.results] == list(range(1, 201))
     assert "a.mp4" in capsys.readouterr().err
