@@ -28,9 +28,9 @@ class Timing:
     stall_s: float = 5.0  # A live camera sends more than one frame in 5 s: --stall-timeout
     max_stall_s: float = 60.0  # however slow the camera is
     playlist_stall_s: float = 30.0  # HLS and DASH deliver segments of up to 10 s
-    max_lag_s: float = 0.25  # Live frames that waited longer before they were read are skipped.
+    max_lag_s: float = 0.25  # Live frames that waited longer, while newer ones were there, are dropped.
     max_lag_time_s: float = 5.0  # Then a decoder that is slower than its camera gets more threads.
-    report_s: float = 60.0  # A camera that is lost again and again is reported once in this time.
+    report_s: float = 60.0  # More than two losses in this time are reported by one line.
     probe_s: float = 60.0  # to read a file once more, at full speed
     first_reconnect_s: float = 0.5  # A camera that dropped a connection accepts the next one.
     max_reconnect_s: float = 3.0  # so that a camera that is back is found within 3 s
