@@ -59,10 +59,6 @@ clean:
 
 .venv/dev: .venv/server
 	$(BIN)/python -m pip install --quiet '.[server,dev]'
-# KServe's classes, for the test of deploy/kubernetes/kserve.yaml, without the model server around them. The Kubernetes
-# client is the last version whose classes are built like KServe's.
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/kserve 'kserve==0.21.*' 'kubernetes<36' \
-		python-dateutil six
 	touch $@
 
 .venv/bench: .venv/server

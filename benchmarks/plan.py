@@ -5,7 +5,7 @@ On a machine with 2 cores (`python -m benchmarks.plan` prints this sum):
     saturation  24 min  13 rows × 3 rounds × 32 s, and 9 servers to start, to warm up and to stop
     live         6 min   9 rows × 3 rounds × 10 s, and 3 servers
     growth       2 min   6 rows × 2 rounds ×  7 s, and 1 server
-    settings     5 min   9 rows ×           10 s, 4 × 10 s with cameras, and 7 servers, one of which compiles
+    settings     4 min   8 rows ×           10 s, 4 × 10 s with cameras, and 6 servers
 """
 
 import os
@@ -53,7 +53,6 @@ class Trial:
     changes: Mapping[str, int] = field(default_factory=dict)
     workers: int | None = None
     threads: int = 1
-    flags: tuple[str, ...] = ()
     has_all_compilers: bool = False
     in_flight: tuple[int, ...] = (SINGLE_IN_FLIGHT,)
     cameras: tuple[int, ...] = ()
@@ -66,7 +65,6 @@ TRIALS = (
     Trial("maxBatchDelay 40 ms", {"maxBatchDelay": 40}, cameras=(1, 2)),
     Trial(f"workers × threads 1 × {CORES}", workers=1, threads=CORES),
     Trial("all of Java's compilers", has_all_compilers=True),
-    Trial("--compile", flags=("--compile",)),
 )
 
 
@@ -91,10 +89,10 @@ FULL = Plan()
 # For trying the benchmark: its figures mean nothing.
 QUICK = Plan(1, 1, saturation_s=3, live_s=3, growth_s=2, settings_s=2, start_warm_up_s=1, thorough_warm_up_s=2)
 
-# Seconds, measured on 2 cores: to build an archive, to start and to stop a server, to compile the network, to start and
-# to stop request.py, to enlarge the clip, to start and to stop the processes of a ceiling, and until the last responses
-# of a measurement have arrived.
-ARCHIVE_S, START_S, STOP_S, COMPILE_S, CLIENT_S, CLIPS_S, CEILING_S, LAST_S = 4.5, 6.0, 4.0, 30.0, 2.3, 4.0, 5.0, 0.8
+# Seconds, measured on 2 cores: to build an archive, to start and to stop a server, to start and to stop request.py, to
+# enlarge the clip, to start and to stop the processes of a ceiling, and until the last responses of a measurement have
+# arrived.
+ARCHIVE_S, START_S, STOP_S, CLIENT_S, CLIPS_S, CEILING_S, LAST_S = 4.5, 6.0, 4.0, 2.3, 4.0, 5.0, 0.8
 
 
 def expected_s(plan: Plan) -> dict[str, float]:
@@ -115,7 +113,6 @@ def expected_s(plan: Plan) -> dict[str, float]:
     settings = len(TRIALS) * server_s + sum(len(trial.in_flight) for trial in TRIALS) * (plan.settings_s + row_s)
     settings += sum(len(trial.cameras) for trial in TRIALS) * stream_s
     settings += sum(plan.thorough_warm_up_s for trial in TRIALS if trial.has_all_compilers)
-    settings += sum(COMPILE_S for trial in TRIALS if "--compile" in trial.flags)
     return {"saturation": saturation, "live": live, "growth": growth, "settings": settings}
 
 

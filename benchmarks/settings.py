@@ -20,7 +20,7 @@ def measure_settings(inputs: Inputs, plan: Plan, results: Results) -> None:
     for number, trial in enumerate(TRIALS, start=1):
         progress(f"settings, {trial.setting}, {number} of {len(TRIALS)}")
         folder = inputs.folder / str(number)
-        set_threads(build_archive(folder, inputs.weights, *trial.flags), trial.threads)
+        set_threads(build_archive(folder, inputs.weights), trial.threads)
         with ours(folder, configuration(inputs.config, trial)) as server:
             first = load(server, inputs.frames, 1, 0.0, plan.start_warm_up_s, trial.in_flight[0])
             if trial.has_all_compilers:

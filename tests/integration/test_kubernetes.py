@@ -1,6 +1,5 @@
-"""deploy/kubernetes/: KServe knows what its manifest says, and the container does it; there is no cluster here."""
+"""deploy/kubernetes/: the container does what the manifest says; there is no cluster here."""
 
-import copy
 import json
 import os
 import subprocess
@@ -9,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,51 +15,12 @@ import pytest
 from demo.node import PROJECT, java_environment
 from tests.support.archives import Archives
 from tests.support.frames import Pixels, jpeg
-from tests.support.manifests import CONTAINER, DOCUMENTS, POD, SERVICE
+from tests.support.manifests import CONTAINER, DOCUMENTS, POD
 from tests.support.programs import needs
 from tests.support.scripts import wait_until
 
 # An address that is not loopback, in a network of the pod's own.
 POD_ADDRESS = "10.77.0.1"
-
-
-# Run with .venv/kserve in its path. The packages' own __init__ would import KServe's model server, and much else that
-# is not installed. The classes drop what they don't know, so that only what they know comes back.
-ROUND_TRIP = """
-import importlib, json, sys, types
-for name in "kserve", "kubernetes", "kubernetes.client":
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
-kserve = importlib.import_module("kserve.models")
-kserve.__dict__.update(vars(importlib.import_module("kubernetes.client.models")) | vars(kserve))
-client = importlib.import_module("kserve.api_client").ApiClient()
-given = types.SimpleNamespace(data=sys.stdin.read())
-json.dump(client.sanitize_for_serialization(client.deserialize(given, "V1beta1InferenceService")), sys.stdout)
-"""
-
-
-def known_to_kserve(document: dict[str, Any]) -> Any:
-    """Return what KServe's own classes make of an InferenceService."""
-    site = PROJECT / ".venv" / "kserve"
-    assert site.is_dir(), "make .venv/dev"
-    done = subprocess.run(
-        [sys.executable, "-c", ROUND_TRIP, str(site)],
-        env=os.environ | {"PYTHONPATH": str(site)},
-        input=json.dumps(document),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_kserve_knows_all_that_its_manifest_says() -> None:
-    assert known_to_kserve(SERVICE) == SERVICE
-    misspelt = copy.deepcopy(SERVICE)
-    misspelt["spec"]["predictor"]["containers"][0]["readinesProbe"] = {}
-    misspelt["spec"]["predictor"]["scaleTargets"] = 70
-    assert known_to_kserve(misspelt) == SERVICE
 
 
 # What a container runtime does, as far as it matters: file systems, no rights, and no variables but those of the image

@@ -14,7 +14,6 @@ from demo.proxy import PATH
 INSTALL = {
     "curl": "apt-get install curl",
     "faketime": "apt-get install faketime",
-    "g++": "apt-get install g++",
     "gst-rtsp-server": "apt-get install python3-gi gir1.2-gst-rtsp-server-1.0 "
     "gstreamer1.0-plugins-{base,good,bad,ugly}",
     "ip": "apt-get install iproute2",

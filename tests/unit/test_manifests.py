@@ -6,7 +6,7 @@ import kubernetes_validate
 import pytest
 
 from demo.node import PROJECT
-from tests.support.manifests import CONTAINER, DOCUMENTS, POD, SERVICE
+from tests.support.manifests import CONTAINER, DOCUMENTS, POD
 
 
 def settings(properties: str) -> dict[str, str]:
@@ -28,7 +28,6 @@ def test_everything_finds_the_pods() -> None:
     assert spec["Service"]["selector"] == labels
     assert spec["NetworkPolicy"]["podSelector"]["matchLabels"] == labels
     assert spec["PodDisruptionBudget"]["selector"]["matchLabels"] == labels
-    assert SERVICE["spec"]["predictor"]["labels"] == labels
     target = spec["HorizontalPodAutoscaler"]["scaleTargetRef"]
     assert target == {
         "apiVersion": "apps/v1",
@@ -72,27 +71,3 @@ def test_pods_are_configured_as_other_nodes_but_for_addresses_and_tokens() -> No
     for address in ("inference_address", "metrics_address"):
         assert pods.pop(address) == others.pop(address).replace("127.0.0.1", "0.0.0.0")
     assert pods == others
-
-
-def test_kserve_runs_the_same_container() -> None:
-    predictor = SERVICE["spec"]["predictor"]
-    (container,) = predictor["containers"]
-    # KServe brings the archive, by a variable, and names the container.
-    kserves_own = {"name": "STORAGE_URI", "value": "pvc://" + DOCUMENTS["PersistentVolumeClaim"]["metadata"]["name"]}
-    expected = CONTAINER | {
-        "name": "kserve-container",
-        "env": [*CONTAINER["env"], kserves_own],
-        "ports": [port | {"protocol": "TCP"} for port in CONTAINER["ports"]],
-        "volumeMounts": [mount for mount in CONTAINER["volumeMounts"] if mount["name"] != "models"],
-    }
-    assert container == expected
-    for key in ("securityContext", "automountServiceAccountToken"):
-        assert predictor[key] == POD["spec"][key]
-    assert predictor["volumes"] == [volume for volume in POD["spec"]["volumes"] if volume["name"] != "models"]
-    scaling = DOCUMENTS["HorizontalPodAutoscaler"]["spec"]
-    assert (predictor["minReplicas"], predictor["maxReplicas"]) == (scaling["minReplicas"], scaling["maxReplicas"])
-    assert predictor["scaleTarget"] == scaling["metrics"][0]["resource"]["target"]["averageUtilization"]
-    # What is applied besides, by `-l app.kubernetes.io/component!=server`.
-    component = {kind: each["metadata"]["labels"]["app.kubernetes.io/component"] for kind, each in DOCUMENTS.items()}
-    besides = {kind for kind, name in component.items() if name != "server"}
-    assert besides == {"ConfigMap", "PersistentVolumeClaim", "NetworkPolicy", "PodDisruptionBudget"}
