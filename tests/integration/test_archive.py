@@ -16,6 +16,7 @@ import yaml
 
 import create_mar_file
 from demo.node import free_ports
+from server.models import MODELS
 from tests.support.archives import Archives
 from tests.support.scripts import run
 
@@ -38,7 +39,6 @@ def test_archive_holds_what_the_answers_depend_on(archives: Archives, weights: P
             "top_k": 5,
             "threads": 1,
             "precision": "fp32",
-            "compile": False,
             "preprocessing": {
                 "resize": 256,
                 "crop": 224,
@@ -64,13 +64,12 @@ def test_client_batching_archive_has_torchserve_not_wait(archives: Archives) -> 
     assert config["handler"]["network"] == "efficientnet-lite0"
 
 
-def test_precision_and_compilation_are_choices_of_the_archive(archives: Archives) -> None:
-    with zipfile.ZipFile(archives.build("resnet-18", "--precision", "bf16", "--compile")) as mar:
+def test_precision_is_a_choice_of_the_archive(archives: Archives) -> None:
+    with zipfile.ZipFile(archives.build("resnet-18", "--precision", "bf16")) as mar:
         config = yaml.safe_load(mar.read("model-config.yaml"))
         with mar.open("resnet-18.pth") as file:
             archived = torch.load(file, weights_only=True)
-    assert (config["handler"]["precision"], config["handler"]["compile"]) == ("bf16", True)
-    assert config["startupTimeout"] == 600
+    assert config["handler"]["precision"] == "bf16"
     assert archived["conv1.weight"].dtype == torch.float32, "nothing is lost that another choice would need"
 
 
@@ -108,7 +107,7 @@ def test_unreachable_download_says_what_to_do(
         if network == "silent":
             assert time.monotonic() - begin >= create_mar_file.DOWNLOAD_TIMEOUT_S
     error = capsys.readouterr().err.splitlines()[-1]
-    assert create_mar_file.RESNET18.url in error
+    assert MODELS["resnet-18"].weights.url in error
     assert str(tmp_path / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth") in error
     assert "--weights FILE" in error
     assert "--model efficientnet-lite0" in error

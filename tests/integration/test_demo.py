@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from demo import node
-from tests.support.archives import TINY, Archives
+from tests.support.archives import Archives
 from tests.support.frames import CATS
 from tests.support.programs import needs
 from tests.support.project_copy import copy_project, shorten_clip
@@ -154,7 +154,7 @@ def test_java_from_pip_starts_a_worker_for_each_core(
     tmp_path: Path, archives: Archives, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a Java of the system, and without config.properties; and it ends with all its processes."""
-    archives.store(tmp_path, archives.build(MODEL, crop=TINY))
+    archives.store(tmp_path, archives.build(MODEL, is_tiny=True))
     monkeypatch.delenv("JAVA_HOME", raising=False)
     without_java = [path for path in os.environ["PATH"].split(os.pathsep) if not Path(path, "java").exists()]
     monkeypatch.setenv("PATH", os.pathsep.join(without_java))

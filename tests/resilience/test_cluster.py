@@ -18,7 +18,7 @@ import requests
 from demo.node import NODE_PORTS, Node, free_ports, torchserve
 from demo.proxy import Proxy, nginx, node_config
 from edge.client import MAX_BODY_BYTES, TEST_IMAGE
-from tests.support.archives import TINY, Archives
+from tests.support.archives import Archives
 from tests.support.endpoints import INFERENCE, MANAGEMENT, METRICS
 from tests.support.fake_server import FakeServer, fake_server
 from tests.support.frames import Pixels, jpeg, small, write_video
@@ -92,7 +92,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Ite
     with ExitStack() as cleanup, ThreadPoolExecutor(2) as threads:
         folders = [folder / f"node-{number}" for number in (1, 2)]
         for each in folders:
-            archives.store(each, archives.build(MODEL, crop=TINY))
+            archives.store(each, archives.build(MODEL, is_tiny=True))
         members = [Member(each) for each in folders]
         for member in members:
             cleanup.callback(member.end)

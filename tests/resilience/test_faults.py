@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.archives import TINY, Archives
+from tests.support.archives import Archives
 from tests.support.faults import BATCHED, FAULTS, FLAGS, SINGLE, Site, resources
 from tests.support.frames import Pixels, jpeg, small, write_video
 from tests.support.mjpeg_camera import mjpeg_camera
@@ -34,7 +34,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, archives: Archives, clip: lis
     write_video(folder / "clip.mp4", frames[:80], 5)
     with mjpeg_camera([jpeg(frame) for frame in frames], fps=3) as camera, ExitStack() as cleanup:
         # Its networks see tiny frames, so that any machine can answer all frames of the cameras.
-        yield Site(folder, archives, [camera], cleanup, TINY)
+        yield Site(folder, archives, [camera], cleanup, is_tiny=True)
 
 
 class Streams:

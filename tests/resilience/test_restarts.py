@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from demo.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
-from tests.support.archives import TINY, Archives
+from tests.support.archives import Archives
 from tests.support.nodes import rotate_token
 from tests.support.scripts import MODEL, json_lines, running, summary
 
@@ -52,7 +52,7 @@ class ShortTokens:
 @pytest.fixture(scope="module")
 def short_tokens(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[ShortTokens]:
     folder = tmp_path_factory.mktemp("short_tokens")
-    archives.store(folder, archives.build(MODEL, crop=TINY))
+    archives.store(folder, archives.build(MODEL, is_tiny=True))
     server = ShortTokens(folder)
     yield server
     server.stop()

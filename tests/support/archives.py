@@ -9,17 +9,24 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from filelock import FileLock
 
 import create_mar_file
-from tests.support.networks import random_resnet18
+from server.models import MODELS
+from tests.support.networks import RANDOM, random_resnet18
 
 BUILD_TIMEOUT_S = 300.0
-# With frames of this size a network does about 1/49 of the arithmetic. For tests in which predictions don't matter.
-TINY = 32
+# With frames of this size a network does a fraction of the arithmetic, for example ResNet-18 1/49. By model.
+TINY: dict[str, dict[str, Any]] = {
+    "resnet-18": {"resize": 32, "crop": 32},
+    "efficientnet-lite0": {"resize": 32, "crop": 32},
+    "keypointrcnn-resnet50-fpn": {"min_size": 128, "max_size": 192},
+    "r3d-18": {"resize": [32, 43], "crop": [28, 28]},
+}
 
 
 @dataclass(frozen=True)
@@ -28,34 +35,34 @@ class Archives:
 
     folder: Path
 
-    def weights(self) -> Path:
-        """Return the file with the state dict of random_resnet18(1000)."""
-        path = self.folder / "resnet18.pth"
+    def weights(self, model: str = "resnet-18") -> Path:
+        """Return the file with the random state dict of a model."""
+        path = self.folder / f"{model}.pth"
         with FileLock(self.folder / "weights.lock", timeout=BUILD_TIMEOUT_S):
             if not path.exists():
-                torch.save(random_resnet18(1000).state_dict(), path.with_suffix(".part"))
+                torch.save(RANDOM[model]().state_dict(), path.with_suffix(".part"))
                 path.with_suffix(".part").rename(path)
         return path
 
-    def build(self, model: str, *flags: str | Path, crop: int | None = None) -> Path:
-        """Return the archive of a model, built with these flags: resnet-18 with random weights unless they say else.
+    def build(self, model: str, *flags: str | Path, is_tiny: bool = False) -> Path:
+        """Return the archive of a model, built with these flags, and with random weights unless they name others.
 
-        crop: pixels of both edges of what the network sees, instead of 224.
+        is_tiny: the network sees small frames, for tests in which answers don't matter.
         """
-        if model == "resnet-18" and "--weights" not in flags:
-            flags = ("--weights", self.weights(), *flags)
-        variant = hashlib.sha256("\0".join(map(str, [model, *flags, crop])).encode()).hexdigest()[:16]
+        if model in RANDOM and "--weights" not in flags:
+            flags = ("--weights", self.weights(model), *flags)
+        variant = hashlib.sha256("\0".join(map(str, [model, *flags, is_tiny])).encode()).hexdigest()[:16]
         archive = self.folder / variant / f"{model}.mar"
-        whole = None if crop is None else self.build(model, *flags)
+        whole = self.build(model, *flags) if is_tiny else None
         with FileLock(self.folder / f"{variant}.lock", timeout=BUILD_TIMEOUT_S):
             if not archive.exists():
                 with tempfile.TemporaryDirectory(dir=self.folder) as staging:
                     built = Path(staging, "model_store", archive.name)
-                    if whole is None or crop is None:
+                    if whole is None:
                         create_archive(Path(staging), "--model", model, *flags)
                     else:
                         built.parent.mkdir()
-                        crop_to(crop, whole, built)
+                        shrink(model, whole, built)
                     built.parent.rename(archive.parent)
         return archive
 
@@ -82,25 +89,30 @@ def create_archive(folder: Path, *arguments: str | Path) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def crop_to(pixels: int, source: Path, target: Path) -> None:
-    """Write an archive again with other preprocessing: frames are resized and cropped to so many pixels."""
+def shrink(model: str, source: Path, target: Path) -> None:
+    """Write an archive again, with small frames for its network."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
             content = old.read(entry)
             if entry.filename == "model-config.yaml":
                 config = yaml.safe_load(content)
-                config["handler"]["preprocessing"] |= {"resize": pixels, "crop": pixels}
+                config["handler"]["preprocessing"] |= TINY[model]
                 content = yaml.safe_dump(config).encode()
             new.writestr(entry.filename, content)
 
 
-def unpacked_archive(folder: Path, *flags: str) -> Path:
-    """Write what an archive of a random ResNet-18 holds, without torch-model-archiver; return the folder."""
-    config = create_mar_file.model_config(create_mar_file.parse_args(list(flags)))
-    labels = create_mar_file.imagenet_labels()
-    torch.save(random_resnet18(len(labels)).state_dict(), folder / "resnet-18.pth")
+def unpacked_archive(folder: Path, *flags: str, network: torch.nn.Module | None = None, is_tiny: bool = False) -> Path:
+    """Write the files of an archive, without torch-model-archiver; return the folder.
+
+    network: the trained network, a random ResNet-18 unless `flags` name another model.
+    """
+    args = create_mar_file.parse_args(list(flags))
+    labels = MODELS[args.model].labels
+    config: dict[str, Any] = create_mar_file.model_config(args)
+    config["handler"]["preprocessing"] |= TINY[args.model] if is_tiny else {}
+    torch.save((network or random_resnet18(len(labels))).state_dict(), folder / "network.pth")
     (folder / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels))), encoding="utf-8")
     (folder / "model-config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (folder / "MAR-INF").mkdir()
-    (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": {"serializedFile": "resnet-18.pth"}}))
+    (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": {"serializedFile": "network.pth"}}))
     return folder

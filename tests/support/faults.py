@@ -35,7 +35,7 @@ KILL_PAUSE_S = 2.0
 class Site:
     """A TorchServe behind a network, and cameras. It can be killed, and started again in the same place.
 
-    crop: what its networks see of a frame, see Archives.build().
+    is_tiny: its networks see small frames, see Archives.build().
     """
 
     def __init__(
@@ -44,11 +44,14 @@ class Site:
         archives: Archives,
         cameras: Sequence[MjpegCamera],
         cleanup: ExitStack,
-        crop: int | None = None,
+        is_tiny: bool = False,
     ) -> None:
         self.folder = folder
         self.cameras = cameras
-        single, batched = archives.build(SINGLE, crop=crop), archives.build(BATCHED, "--client-batching", crop=crop)
+        single, batched = (
+            archives.build(SINGLE, is_tiny=is_tiny),
+            archives.build(BATCHED, "--client-batching", is_tiny=is_tiny),
+        )
         archives.store(folder, single, batched)
         self._ports = free_ports(NODE_PORTS)
         self._running = cleanup.enter_context(ExitStack())

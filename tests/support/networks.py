@@ -1,12 +1,15 @@
 """The networks that the tests serve, outside of TorchServe, and what they predict for an image."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from PIL import Image
 from torchvision import models
-from torchvision.models import ResNet18_Weights
+from torchvision.models import ResNet18_Weights, detection, video
 
 TRANSFORMS = ResNet18_Weights.IMAGENET1K_V1.transforms()
+BACKGROUND = 4.4  # how much more certain a random Keypoint R-CNN is made of seeing no person
 LABELS = [label.replace(" ", "_") for label in ResNet18_Weights.IMAGENET1K_V1.meta["categories"]]
 
 
@@ -19,6 +22,37 @@ def random_resnet18(classes: int) -> torch.nn.Module:
     network: torch.nn.Module = models.resnet18(num_classes=classes)
     network.get_parameter("fc.weight").data *= 20
     return network.eval()
+
+
+def random_r3d18(classes: int = 400) -> torch.nn.Module:
+    """Return an R3D-18, likewise."""
+    torch.manual_seed(18)
+    network: torch.nn.Module = video.r3d_18(num_classes=classes)
+    network.get_parameter("fc.weight").data *= 20
+    return network.eval()
+
+
+def random_keypoint_rcnn(**sizes: int) -> torch.nn.Module:
+    """Return a Keypoint R-CNN with weights from a fixed seed, which finds a few persons in a frame of the clip.
+
+    Without the two changes it would be almost as certain of each of a hundred persons. Its batch normalization has
+    other values than those it begins with, as a trained one has.
+    """
+    torch.manual_seed(18)
+    network: torch.nn.Module = detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None, **sizes)
+    for name, values in network.state_dict().items():
+        if name.endswith("running_var"):
+            values.uniform_(0.9, 1.1)
+    network.get_parameter("roi_heads.box_predictor.cls_score.weight").data *= 4
+    network.get_parameter("roi_heads.box_predictor.cls_score.bias").data += torch.tensor([4 * BACKGROUND, 0])
+    return network.eval()
+
+
+RANDOM: dict[str, Callable[[], torch.nn.Module]] = {
+    "resnet-18": lambda: random_resnet18(1000),
+    "keypointrcnn-resnet50-fpn": random_keypoint_rcnn,
+    "r3d-18": random_r3d18,
+}
 
 
 def reference(network: torch.nn.Module, image: Image.Image) -> torch.Tensor:

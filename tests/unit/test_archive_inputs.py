@@ -125,6 +125,7 @@ def test_unwritable_model_store_is_one_line(tmp_path: Path, weights: Path, capsy
 def test_edge_device_without_the_packages_of_a_server_is_one_line(
     monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
+    monkeypatch.delitem(sys.modules, "server.models")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=rf"create_mar_file.py: .*{package}.*: install the packages of a server, pip "):
         runpy.run_path(str(PROJECT / "create_mar_file.py"), run_name="__main__")

@@ -2,17 +2,21 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from handler import LARGEST_PASS, VideoFrameHandler
+from handler import VideoFrameHandler
+from server.tasks import ImageClassification
 from tests.support.archives import unpacked_archive
 from tests.support.frames import Pixels, as_json, jpeg
 from tests.support.in_process import Model
 from tests.support.networks import LABELS, random_resnet18, reference
 from tests.support.nodes import BATCH_HEADER
+
+MAX_BATCH = ImageClassification.max_batch
 
 
 def watch(handler: VideoFrameHandler, patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
@@ -20,7 +24,7 @@ def watch(handler: VideoFrameHandler, patch: pytest.MonkeyPatch) -> list[torch.T
     seen: list[torch.Tensor] = []
     network = handler.model
 
-    def watched(pixels: torch.Tensor) -> torch.Tensor:
+    def watched(pixels: torch.Tensor) -> Any:
         seen.append(pixels)
         return network(pixels)
 
@@ -46,8 +50,8 @@ def test_many_frames_go_through_the_network_in_parts(
     seen = watch(model.handler, monkeypatch)
     images = [jpeg(frame) for frame in clip[:: len(clip) // 35][:35]]
     [answers] = model.answers([as_json(*images)])
-    assert [len(pixels) for pixels in seen] == [LARGEST_PASS, 35 - LARGEST_PASS]
-    assert model.context.get_response_headers(0)[BATCH_HEADER] == str(LARGEST_PASS)
+    assert [len(pixels) for pixels in seen] == [MAX_BATCH, 35 - MAX_BATCH]
+    assert model.context.get_response_headers(0)[BATCH_HEADER] == str(MAX_BATCH)
     alone = [model.answers([image])[0] for image in (images[0], images[-1])]
     assert [answers[0], answers[-1]] == [pytest.approx(answer, abs=1e-4) for answer in alone]
 
@@ -64,13 +68,13 @@ def test_handler_is_warm_before_the_first_request(resnet18: Path, monkeypatch: p
     sizes: list[int] = []
     inference = VideoFrameHandler.inference
 
-    def counted(self: VideoFrameHandler, frames: list[torch.Tensor]) -> list[dict[str, float]]:
-        sizes.append(len(frames))
-        return inference(self, frames)
+    def counted(self: VideoFrameHandler, batch: torch.Tensor) -> Any:
+        sizes.append(len(batch))
+        return inference(self, batch)
 
     monkeypatch.setattr(VideoFrameHandler, "inference", counted)
     Model(resnet18, batch_size=6)
-    assert set(sizes) == {1, 4, 6}
+    assert set(sizes) == {1, 6}
 
 
 def test_bf16_is_nearly_as_exact(tmp_path: Path, clip: list[Pixels], monkeypatch: pytest.MonkeyPatch) -> None:

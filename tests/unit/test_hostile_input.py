@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from handler import MAX_REQUEST_FRAMES, MOST_PARTS
+from server.images import MAX_PARTS
+from server.tasks import ImageClassification
 from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.fuzz_handler import Subject
 from tests.support.hostile import BAD_JSON, as_torchserve_parses, bad_frames, excesses, many_scans
@@ -54,18 +55,21 @@ def test_bad_frames_of_a_json_batch_cost_only_themselves(model: Model, clip: lis
 
 def test_as_many_frames_as_a_request_may_hold(subject: Subject, clip: list[Pixels]) -> None:
     model = subject.model
-    images = [encoded(Image.fromarray(frame).resize((64, 48)), "JPEG") for frame in clip[:MAX_REQUEST_FRAMES]]
+    images = [
+        encoded(Image.fromarray(frame).resize((64, 48)), "JPEG")
+        for frame in clip[: ImageClassification.max_request_frames]
+    ]
     [answers] = model.answers([as_json(*images)])
     assert model.statuses() == [200]
-    assert len(answers) == MAX_REQUEST_FRAMES
-    for number in (0, 100, MAX_REQUEST_FRAMES - 1):
+    assert len(answers) == ImageClassification.max_request_frames
+    for number in (0, 100, ImageClassification.max_request_frames - 1):
         assert answers[number] == pytest.approx(model.answers([images[number]])[0], abs=1e-4)
     model.answers([as_json(*images, images[0])])
     assert model.statuses() == [413]
 
 
 def test_jpeg_of_as_many_scans_as_it_may_have_is_a_frame(model: Model) -> None:
-    _, most = MOST_PARTS[b"\xff\xd8"]["scans"]
+    _, most = MAX_PARTS[b"\xff\xd8"]["scans"]
     image = many_scans(500, 0)
     scans = image.count(b"\xff\xda")
     assert 3 < scans < most / 2

@@ -1,0 +1,149 @@
+"""The three tasks: a decoded frame becomes a tensor, tensors a batch, and the output of the network answers.
+
+A task works on clips: frames that get one answer together. A frame of an image task is a clip of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.fx.experimental.optimization import fuse
+from torchvision import transforms
+from torchvision.transforms import v2
+
+
+class ImageClassification:
+    """Answers label -> probability of the most probable classes, the most probable first."""
+
+    name = "image-classification"
+    clip_frames = 1
+    frame_rate = 0.0  # frames a second, of clips only
+    max_batch = 32  # clips in a forward pass: more gain nothing on a CPU, and take memory
+    max_request_frames = 256  # and some 10 seconds' work of a core; TorchServe's 6.5 MB allow 57 of 640 x 480
+    memory_format = torch.channels_last
+
+    def __init__(self, settings: dict[str, Any], labels: Sequence[str]) -> None:
+        """Take the settings of the archive, and the labels by class index."""
+        self.labels = labels
+        self.top_k = min(settings["top_k"], len(labels))
+        preprocessing = settings["preprocessing"]
+        interpolation = v2.InterpolationMode(preprocessing["interpolation"])
+        self.crop = v2.Compose(
+            [v2.Resize(preprocessing["resize"], interpolation), v2.CenterCrop(preprocessing["crop"]), v2.PILToTensor()]
+        )
+        self.normalize = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing["mean"], preprocessing["std"])]
+        )
+
+    def prepare(self, network: torch.nn.Module) -> torch.nn.Module:
+        """Fuse each convolution with the batch normalization behind it (not EfficientNet-Lite0's, of its own kind)."""
+        return fuse(network).to(memory_format=self.memory_format)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """Return an RGB image as (3, crop, crop) uint8, resized by Pillow.
+
+        Tensors are resized in a fifth of the time, but EfficientNet-Lite0's probabilities change by more than 0.001.
+        """
+        cropped: torch.Tensor = self.crop(image)
+        return cropped
+
+    def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, dtype: torch.dtype) -> Any:
+        """Return the batch of some clips, on the device and as the network takes it."""
+        batch = torch.stack([frame for clip in clips for frame in clip]).to(device)
+        return self.normalize(batch).to(dtype, memory_format=self.memory_format)
+
+    def postprocess(self, outputs: Any) -> list[Any]:
+        """Return the answer of each clip of a batch."""
+        probabilities, classes = outputs.float().softmax(dim=1).topk(self.top_k)
+        pairs = zip(classes.tolist(), probabilities.tolist())
+        return [{self.labels[index]: value for index, value in zip(*pair)} for pair in pairs]
+
+
+class ActivityRecognition(ImageClassification):
+    """Answers label -> probability of a clip: frames that follow each other at `frame_rate`."""
+
+    name = "activity-recognition"
+    clip_frames = 16  # of R3D-18's training, as is the rate
+    frame_rate = 15.0
+    max_batch = 4
+    memory_format = torch.channels_last_3d
+
+    def __init__(self, settings: dict[str, Any], labels: Sequence[str]) -> None:
+        super().__init__(settings, labels)
+        # As torchvision's transforms of video do it: resized as a tensor, and not smoothed.
+        preprocessing = settings["preprocessing"]
+        interpolation = v2.InterpolationMode(preprocessing["interpolation"])
+        resize = transforms.Resize(preprocessing["resize"], interpolation, antialias=False)
+        self.crop = transforms.Compose([transforms.PILToTensor(), resize, transforms.CenterCrop(preprocessing["crop"])])
+
+    def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, dtype: torch.dtype) -> Any:
+        """Return (clips, 3, clip_frames, crop, crop); a shorter clip is padded with its last frame."""
+        padded = [clip + clip[-1:] * (self.clip_frames - len(clip)) for clip in clips]
+        batch = torch.stack([torch.stack(clip) for clip in padded]).to(device)
+        return self.normalize(batch).transpose(1, 2).to(dtype, memory_format=self.memory_format)
+
+
+class BySize(torch.nn.Module):
+    """Runs a network once for each size of frames: padded to the same size, they would change each other's answers."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, frames: Sequence[torch.Tensor]) -> list[Any]:
+        outputs: dict[int, Any] = {}
+        for shape in {frame.shape for frame in frames}:
+            indices = [index for index, frame in enumerate(frames) if frame.shape == shape]
+            outputs.update(zip(indices, self.network([frames[index] for index in indices])))
+        return [outputs[index] for index in range(len(frames))]
+
+
+class PoseEstimation:
+    """Answers a list of persons, the best first: score, box and keypoints, in pixels of the frame."""
+
+    name = "pose-estimation"
+    clip_frames = 1
+    frame_rate = 0.0
+    max_batch = 4  # as many frames take 2 GB, and more gain nothing on a CPU
+    max_request_frames = 16  # minutes of a core
+
+    def __init__(self, settings: dict[str, Any], labels: Sequence[str]) -> None:
+        self.keypoints = labels
+        self.min_score = settings["min_score"]
+        self.preprocessing = settings["preprocessing"]
+
+    def prepare(self, network: torch.nn.Module) -> torch.nn.Module:
+        """Have the network resize frames as the archive says. It can't be fused: its normalization is frozen."""
+        transform: Any = network.transform
+        transform.min_size, transform.max_size = (self.preprocessing["min_size"],), self.preprocessing["max_size"]
+        return BySize(network)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """Return an RGB image as (3, height, width) uint8. The network itself resizes it, and its answers back."""
+        frame: torch.Tensor = v2.functional.pil_to_tensor(image)
+        return frame
+
+    def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, dtype: torch.dtype) -> Any:
+        """Return the list of frames, which may have different sizes."""
+        frames = [frame for clip in clips for frame in clip]
+        return [v2.functional.to_dtype(frame.to(device), dtype, scale=True) for frame in frames]
+
+    def postprocess(self, outputs: Any) -> list[Any]:
+        """Return the persons of each frame."""
+        return [list(self.persons(found)) for found in outputs]
+
+    def persons(self, found: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+        """Yield the persons that are certain enough. The network sorts them by score."""
+        names = ("scores", "boxes", "keypoints", "keypoints_scores")
+        for score, box, points, point_scores in zip(*(found[name].tolist() for name in names)):
+            if score >= self.min_score:
+                keypoints = zip(self.keypoints, points, point_scores)
+                yield {"score": score, "box": box, "keypoints": {name: [x, y, s] for name, (x, y, _), s in keypoints}}
+
+
+TASKS: dict[str, type[ImageClassification] | type[PoseEstimation]] = {
+    task.name: task for task in (ImageClassification, PoseEstimation, ActivityRecognition)
+}
