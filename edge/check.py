@@ -1,4 +1,4 @@
-"""Tests of cameras and server before streaming: `request.py --check`."""
+"""Tests of cameras, server and models before streaming: `request.py --check`."""
 
 import statistics
 import threading
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edge.cameras import Camera
-from edge.client import MAX_BODY_BYTES, MAX_REQUEST_FRAMES, TEST_CAMERA, TEST_IMAGE, TorchServeClient, json_size
+from edge.client import MAX_BODY_BYTES, TEST_CAMERA, TEST_IMAGE, TorchServeClient, json_size, open_clients
 from edge.errors import ServerError, SourceError
-from edge.frames import Frame, Result
+from edge.frames import Frame, Prediction, Result
 from edge.options import Options
 from edge.timing import Timing
 
@@ -32,39 +32,53 @@ def check(cameras: Sequence[Camera], options: Options, stop: threading.Event, ti
         except SourceError as error:
             print(f"FAIL  camera: {error}", flush=True)
             code = error.exit_code
-    try:
-        with TorchServeClient(options, stop, timing) as client:
-            check_server(client, max(images, key=len, default=TEST_IMAGE), options)
-    except ServerError as error:
-        print(f"FAIL  server: {error}", flush=True)
-        code = error.exit_code
+    image = max(images, key=len, default=TEST_IMAGE)
+    with open_clients(options, stop, timing) as clients:
+        for client in clients:
+            try:
+                check_model(client, image, options.url)
+            except ServerError as error:
+                print(f"FAIL  server: {error}", flush=True)
+                code = error.exit_code
     return code
 
 
-def check_server(client: TorchServeClient, image: bytes, options: Options) -> None:
-    """Print what the server does. Raises ServerError for the first thing that fails."""
+def check_model(client: TorchServeClient, image: bytes, url: str) -> None:
+    """Print what the server does with a model. Raises ServerError for the first thing that fails."""
     client.connect()
-    (first,) = predict(client, image, 1, 1)
-    print(f"ok    server {options.url}: reachable, accepts the token, has the model", flush=True)
-    label, probability = max((first.predictions or {}).items(), key=lambda item: item[1])
-    print(f"ok    model: {label} {probability:.2f}", flush=True)
+    print(f"ok    server {url}: reachable, accepts the token, has the model {client.model}", flush=True)
+    client.learn_model()
+    info, frames = client.info, client.frames_per_request
+    (first, *_) = predict(client, image, 1, info.clip_frames)
+    clip = f", clips of {info.clip_frames} frames at {info.frame_rate:g} frames/s" if info.clip_frames > 1 else ""
+    print(f"ok    model {client.model}: {info.task}{clip}: {shown(first.predictions)}", flush=True)
 
-    latencies = [result.latency_s or 0.0 for _ in range(ROUNDS) for result in predict(client, image, 1, 1)]
-    print(f"ok    latency: {1000 * statistics.median(latencies):.0f} ms for a single frame (median of {ROUNDS})")
+    latencies = [predict(client, image, 1, info.clip_frames)[-1].latency_s or 0.0 for _ in range(ROUNDS)]
+    what = f"a clip of {info.clip_frames} frames" if info.clip_frames > 1 else "a single frame"
+    print(f"ok    latency: {1000 * statistics.median(latencies):.0f} ms for {what} (median of {ROUNDS})", flush=True)
 
-    count, frames = 2 * options.max_in_flight, options.frames_per_request
+    count = 2 * client.max_in_flight
     begin = time.monotonic()
     burst = predict(client, image, count, frames)
     fps = len(burst) / (time.monotonic() - begin)
     sizes = [result.batch_size for result in burst if result.batch_size is not None]
     # The harmonic mean: each forward pass is counted once by each of its frames.
     batch = f"mean batch {statistics.harmonic_mean(sizes):.1f}, largest {max(sizes)}" if sizes else "batch not stated"
-    requests = f"{count} requests of {frames} frame{'s' if frames > 1 else ''}, {options.max_in_flight} in flight"
+    requests = f"{count} requests of {frames} frame{'s' if frames > 1 else ''}, {client.max_in_flight} in flight"
     print(f"ok    batching: {requests}, {fps:.1f} FPS; {batch}", flush=True)
 
     fitting = (MAX_BODY_BYTES - json_size([])) // (json_size([image]) - json_size([]))
-    fitting = max(1, min(fitting, MAX_REQUEST_FRAMES))
-    print(f"ok    request limit: {MAX_BODY_BYTES:,} bytes, a JSON batch of {fitting} such frames")
+    fitting = max(1, min(fitting, info.max_frames))
+    print(f"ok    request limit: {MAX_BODY_BYTES:,} bytes, a JSON batch of {fitting} such frames", flush=True)
+
+
+def shown(predictions: Prediction | None) -> str:
+    """Return the first label with its probability, or the number of persons."""
+    if isinstance(predictions, dict):
+        label, probability = max(predictions.items(), key=lambda item: item[1])
+        return f"{label} {probability:.2f}"
+    count = len(predictions or [])
+    return f"{count} person{'' if count == 1 else 's'}"
 
 
 def predict(client: TorchServeClient, image: bytes, count: int, frames_per_request: int) -> list[Result]:

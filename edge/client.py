@@ -6,13 +6,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import cv2
 import numpy as np
 import requests
 from requests_futures.sessions import FuturesSession
@@ -22,12 +24,14 @@ from edge.auth import BearerToken
 from edge.cameras import Camera
 from edge.errors import ServerError
 from edge.frames import Frame, Result
-from edge.options import LOOPBACK, Options
+from edge.options import BATCHES_IN_FLIGHT, LOOPBACK, Options
+from edge.responses import ModelInfo
 from edge.session import RetrySession, ServerHealth
 from edge.timing import Timing
 
 MAX_BODY_BYTES = 6_553_500  # max_request_size of TorchServe, unless its configuration says otherwise
-MAX_REQUEST_FRAMES = 256  # of handler.py
+# A frame may take so many times as long as the test image: other models share the cores, and there is more in it.
+LOAD_FACTOR = 10
 TEST_CAMERA = Camera("test image")
 TEST_IMAGE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))
 
@@ -50,14 +54,15 @@ class TorchServeClient:
     parses the response.
     """
 
-    def __init__(self, options: Options, stop: threading.Event, timing: Timing) -> None:
-        self.health = ServerHealth(options.url, timing)
-        self._options, self._stop, self._timing = options, stop, timing
-        self._url = f"{options.url}/predictions/{quote(options.model, safe='')}"
-        self._token = BearerToken(options.token_file, options.management_url, timing)
-        self._session = RetrySession(self._token, self.health, options.max_in_flight, stop, timing)
+    def __init__(self, model: str, token: BearerToken, options: Options, stop: threading.Event, timing: Timing) -> None:
+        self.model, self.info = model, ModelInfo()
+        self._token, self._options, self._stop, self._timing = token, options, stop, timing
+        self._url = f"{options.url}/predictions/{quote(model, safe='')}"
+        self.health = ServerHealth(self._url if len(options.model) > 1 else options.url, timing)
+        self._frame_s = 0.0  # that the server may take for a frame, if it is slow
+        self._session = RetrySession(token, self.health, self.max_in_flight, stop, timing)
         self._session.retry_timeout_s = options.server_wait_s
-        self._pool = FuturesSession(max_workers=options.max_in_flight, session=self._session)
+        self._pool = FuturesSession(max_workers=self.max_in_flight, session=self._session)
         self._in_flight: set[Request] = set()
         self._changed = threading.Condition()
         self._last_completed_at = 0.0
@@ -69,34 +74,56 @@ class TorchServeClient:
         self._pool.executor.shutdown(wait=False)
         self._session.close()
 
+    @property
+    def is_json(self) -> bool:
+        """Whether requests are JSON batches."""
+        return self._options.client_batching or self.info.clip_frames > 1
+
+    @property
+    def frames_per_request(self) -> int:
+        if self.info.clip_frames > 1:
+            return self.info.clip_frames
+        return self._options.batch_size if self.is_json else 1
+
+    @property
+    def max_in_flight(self) -> int:
+        """Return how many requests may be in flight: the same number of frames in both ways of batching."""
+        batch_size = 1 if self.is_json else min(self._options.batch_size, self.info.batch_size)
+        return self._options.max_in_flight or BATCHES_IN_FLIGHT * batch_size
+
     def wait_until_ready(self) -> None:
-        """Wait until the server classifies a test image. Raises ServerError if it does not, or if `stop` is set.
+        """Wait until the server responds to a test image. Raises ServerError if it does not, or if `stop` is set.
 
         After that, requests are retried for --server-wait, or for --max-age if that is shorter.
         """
         self.connect()
-        result = self.predict_one(TEST_IMAGE)
-        self._check_stop()
-        if result.outcome != "answered":
-            raise ServerError(f"{self._options.url} does not classify a test image: {result.error}")
+        self.learn_model()
         self._session.retry_timeout_s = min(self._options.server_wait_s, self._options.max_age_s)
         self._session.retry_auth_errors = True
+
+    def learn_model(self) -> Result:
+        """Send a test image; learn from the response what the model is, and how slow. Raises ServerError."""
+        timeouts = (self._timing.connect_s, max(self._timeouts(1)[1], self._timing.first_response_s))
+        image = {"data": TEST_IMAGE, "headers": {"Content-Type": "image/jpeg"}}
+        response = self._result(self._pool.post(self._url, **image, timeout=timeouts))
+        self.info = ModelInfo.of(response)
+        frame = Frame(TEST_CAMERA, 1, time.monotonic(), TEST_IMAGE)
+        (result,) = responses.parse_response(response, [frame], False, self.info.task)
+        if result.outcome != "answered":
+            raise ServerError(f"{self._options.url} does not answer a test image: {result.error}")
+        slow_s = LOAD_FACTOR * response.elapsed.total_seconds() / self.info.clip_frames
+        self._frame_s = min(slow_s, self._timing.max_response_per_frame_s)
+        return result
 
     def connect(self) -> None:
         """Wait until the server responds. Raises ServerError if it does not, or does not accept token or model."""
         self._token.load()
-        url, model = self._options.url, self._options.model
-        if self._token.source and urlsplit(url).scheme == "http" and urlsplit(url).hostname not in LOOPBACK:
+        url, model = self._options.url, self.model
+        is_open = urlsplit(url).scheme == "http" and urlsplit(url).hostname not in LOOPBACK
+        if is_open and self._token.source and model == self._options.model[0]:
             log.warning("the token goes to %s unencrypted, and others may read it: use https://", url)
         # OPTIONS describes the model's API: TorchServe checks token and model for it, and runs no inference.
-        future = self._pool.options(self._url, timeout=self._timeouts(1))
-        while not future.done() and not self._stop.is_set():
-            wait([future], timeout=self._timing.poll_s)
-        self._check_stop()
-        try:
-            response: requests.Response = future.result()
-        except OSError as error:  # requests.RequestException, or a CA bundle that is missing
-            raise responses.connection_error(url, error) from error
+        response = self._result(self._pool.options(self._url, timeout=self._timeouts(1)))
         if responses.is_auth_error(response):
             raise self._token.rejection(url, response)
         if responses.error_fields(response).get("type") in ("ModelNotFoundException", "ModelVersionNotFoundException"):
@@ -105,30 +132,33 @@ class TorchServeClient:
         if response.status_code in responses.TRANSIENT:
             raise ServerError(f"{url} responds with {responses.reason(response)}")
 
-    def _check_stop(self) -> None:
+    def _result(self, future: "Future[requests.Response]") -> requests.Response:
+        """Wait for a response. Raises ServerError if there is none, or if `stop` is set."""
+        while not future.done() and not self._stop.is_set():
+            wait([future], timeout=self._timing.poll_s)
         if self._stop.is_set():
             raise ServerError(f"interrupted while waiting for {self._options.url}")
-
-    def predict_one(self, jpeg: bytes) -> Result:
-        """Send an image that belongs to no camera, and wait for its result."""
-        results: list[Result] = []
-        self.submit([Frame(TEST_CAMERA, 1, time.monotonic(), jpeg)], results.append)
-        self.drain()
-        return results[0]
+        try:
+            return future.result()
+        except OSError as error:  # requests.RequestException, or a CA bundle that is missing
+            raise responses.connection_error(self._options.url, error) from error
 
     def wait_for_slot(self) -> None:
         """Wait while `max_in_flight` requests are in flight. While the server is down, send the next one alone."""
         while not self._stop.is_set():
-            if self._wait_below(1 if self.health.is_down else self._options.max_in_flight):
+            if self._wait_below(1 if self.health.is_down else self.max_in_flight):
                 return
 
     def submit(self, frames: Sequence[Frame], on_result: Callable[[Result], None]) -> None:
         """Send frames without waiting for the response, in several requests if one would be too large."""
-        is_too_large = self._size(frames) > MAX_BODY_BYTES
+        jpegs = [frame.jpeg for frame in frames]
+        while self.info.clip_frames > 1 and json_size(jpegs) > MAX_BODY_BYTES:
+            jpegs = [half_size(jpeg) for jpeg in jpegs]  # A clip can't be divided, and its network sees small frames.
+        is_too_large = (json_size(jpegs) if self.is_json else len(jpegs[0])) > MAX_BODY_BYTES
         if is_too_large and len(frames) == 1:
             on_result(Result.failed(frames[0], responses.TOO_LARGE))
             return
-        if is_too_large or len(frames) > MAX_REQUEST_FRAMES:
+        if is_too_large or len(frames) > self.info.max_frames:
             middle = len(frames) // 2
             self.submit(frames[:middle], on_result)
             self.submit(frames[middle:], on_result)
@@ -138,7 +168,7 @@ class TorchServeClient:
         with self._changed:
             if not self._in_flight:
                 self._last_completed_at = time.monotonic()
-            future = self._pool.post(self._url, **self._payload(frames), timeout=timeouts)
+            future = self._pool.post(self._url, **self._payload(jpegs), timeout=timeouts)
             self._in_flight.add(request)
         future.add_done_callback(partial(self._complete, request))
 
@@ -155,9 +185,8 @@ class TorchServeClient:
     def _complete(self, request: Request, future: "Future[requests.Response]") -> None:
         """Parse a response. Whatever happened, each frame gets a result."""
         try:
-            self._deliver(
-                request, responses.parse_response(future.result(), request.frames, self._options.client_batching)
-            )
+            response = future.result()
+            self._deliver(request, responses.parse_response(response, request.frames, self.is_json, self.info.task))
         except OSError as error:  # requests.RequestException, or a CA bundle that is missing
             self._fail(request, f"no response: {responses.root_cause(error)}")
         except Exception as error:
@@ -189,16 +218,27 @@ class TorchServeClient:
 
     def _timeouts(self, frames: int) -> tuple[float, float]:
         """Return the connect timeout, and the response timeout of a request of so many frames."""
-        return self._timing.connect_s, self._timing.response_timeout_s(self._options.max_in_flight * frames)
+        return self._timing.connect_s, self._timing.response_timeout_s(self.max_in_flight * frames, self._frame_s)
 
-    def _size(self, frames: Sequence[Frame]) -> int:
-        return json_size([frame.jpeg for frame in frames]) if self._options.client_batching else len(frames[0].jpeg)
-
-    def _payload(self, frames: Sequence[Frame]) -> dict[str, Any]:
-        if not self._options.client_batching:
-            return {"data": frames[0].jpeg, "headers": {"Content-Type": "image/jpeg"}}
-        batch = {str(number): base64.b64encode(frame.jpeg).decode() for number, frame in enumerate(frames)}
+    def _payload(self, jpegs: Sequence[bytes]) -> dict[str, Any]:
+        if not self.is_json:
+            return {"data": jpegs[0], "headers": {"Content-Type": "image/jpeg"}}
+        batch = {str(number): base64.b64encode(jpeg).decode() for number, jpeg in enumerate(jpegs)}
         return {"data": json.dumps(batch).encode(), "headers": {"Content-Type": "application/json"}}
+
+
+@contextmanager
+def open_clients(options: Options, stop: threading.Event, timing: Timing) -> Iterator[list[TorchServeClient]]:
+    """Return a client for each model; they share the token."""
+    token = BearerToken(options.token_file, options.management_url, timing)
+    with ExitStack() as clients:
+        yield [clients.enter_context(TorchServeClient(model, token, options, stop, timing)) for model in options.model]
+
+
+def half_size(jpeg: bytes) -> bytes:
+    """Return a JPEG with half the width and height."""
+    pixels: Any = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_REDUCED_COLOR_2)
+    return cv2.imencode(".jpg", pixels)[1].tobytes()
 
 
 def json_size(jpegs: Sequence[bytes]) -> int:

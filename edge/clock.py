@@ -1,4 +1,4 @@
-"""When the frames of a stream arrived."""
+"""When the frames of a stream arrived, and which of them are due at a lower rate."""
 
 import math
 from collections import deque
@@ -50,3 +50,24 @@ class StreamClock:
         self._offset_s = min(self._offset_s + CLOCK_DRIFT * elapsed_s, self._reads[0] - stamp_s)
         self.lag_s = self._reads[0] - stamp_s - self._offset_s
         return stamp_s + self._offset_s
+
+
+class Sampler:
+    """Chooses frames at a lower rate than theirs, of one frame in `interval_s` seconds; 0 chooses all."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s, self._due = interval_s, -math.inf
+
+    def restart(self, time_s: float) -> None:
+        """Count the intervals from a frame."""
+        self._due = time_s + self._interval_s
+
+    def is_due(self, time_s: float) -> bool:
+        """Whether to choose the frame of this time. It may go back, as a file does that is repeated."""
+        if time_s < self._due - 2 * self._interval_s:
+            self._due = time_s
+        # Half an interval of tolerance: frames of a camera never arrive at regular times.
+        if time_s < self._due - self._interval_s / 2:
+            return False
+        self._due = (self._due if time_s < self._due + self._interval_s else time_s) + self._interval_s
+        return True

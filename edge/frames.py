@@ -1,7 +1,8 @@
-"""What moves through the pipeline: a frame of a camera, and the result for it."""
+"""What moves through the pipeline: a frame of a camera on its way to a model, and the result for it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,20 @@ if TYPE_CHECKING:
 
 DropPolicy = Literal["oldest", "newest", "none"]
 Outcome = Literal["answered", "failed", "dropped", "expired"]
-Prediction = dict[str, float]  # label -> probability
+# label -> probability; of pose estimation a list of persons: score, box and keypoints in pixels of the frame
+Prediction = dict[str, float] | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The frames of one camera for one model. Each stream has its own queue, order and stats."""
+
+    camera: Camera
+    model: str
+
+    def name(self, models: Collection[str]) -> str:
+        """Return what to call the stream, in a run with these models."""
+        return f"{self.camera.name}, {self.model}" if len(models) > 1 else self.camera.name
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Frame:
     captured_at: when it was read from a file, or arrived from a live source, time.monotonic() seconds.
     position_s: where it is in its file, in seconds; None for a live source.
     jpeg: empty if it is not to be sent.
+    model, order: the model it is for, and its number from 1 in this stream. A model may get fewer frames than are read.
     """
 
     camera: Camera
@@ -39,6 +54,17 @@ class Frame:
     captured_at: float
     jpeg: bytes
     position_s: float | None = None
+    model: str = ""
+    order: int = 0
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.camera, self.model)
+
+    @property
+    def time_s(self) -> float:
+        """Return when the frame was taken, in seconds of its file or of time.monotonic()."""
+        return self.captured_at if self.position_s is None else self.position_s
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import cv2
 
 from edge import sources
-from edge.clock import StreamClock
+from edge.clock import Sampler, StreamClock
 from edge.errors import SourceError
 from edge.frames import Image
 from edge.losses import LossReport
@@ -140,16 +140,14 @@ class LiveSource:
 
     def _sampled(self, arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
         """Yield the arrivals that are due at the rate asked for."""
-        interval_s, due = self._camera.interval_s or 0.0, -math.inf
+        sampler = Sampler(self._camera.interval_s or 0.0)
         for captured_at, state in arrivals:
             if state == "buffered":
-                due = captured_at + interval_s
+                sampler.restart(captured_at)
                 yield captured_at, state
                 continue
             self._learn_interval(captured_at)
-            # Half an interval of tolerance: frames of a camera never arrive at regular times.
-            if captured_at >= due - interval_s / 2:
-                due = (due if captured_at < due + interval_s else captured_at) + interval_s
+            if sampler.is_due(captured_at):
                 yield captured_at, state
 
     def _grabs(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[Grab]:

@@ -1,6 +1,7 @@
 """The stats for Prometheus: `request.py --metrics-port`."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from edge.cameras import Camera
 from edge.errors import OutputError
+from edge.frames import Stream
 from edge.stats import OUTCOMES, CameraStats
 
 # Seconds from capture to response: from an idle server to one that is far behind.
@@ -22,28 +23,32 @@ SCRAPE_TIMEOUT_S = 5.0  # A client that does not complete its request holds a th
 class StatsCollector(Collector):
     """Reads the stats whenever Prometheus asks, so that nothing is counted twice."""
 
-    def __init__(self, stats: Mapping[Camera, CameraStats]) -> None:
-        self._stats: dict[str, CameraStats] = {}
-        for number, (camera, counts) in enumerate(stats.items(), start=1):
-            # Prometheus rejects a page that holds a label twice.
-            is_unique = sum(other.name == camera.name for other in stats) == 1
-            self._stats[camera.name if is_unique else f"{camera.name} (input {number})"] = counts
+    def __init__(self, stats: Mapping[Stream, CameraStats]) -> None:
+        cameras = list(dict.fromkeys(stream.camera for stream in stats))
+        names = Counter(camera.name for camera in cameras)
+        self._stats: dict[tuple[str, str], CameraStats] = {}
+        for stream, counts in stats.items():
+            # Prometheus rejects a page that holds the same labels twice.
+            name = stream.camera.name
+            name += f" (input {1 + cameras.index(stream.camera)})" if names[name] > 1 else ""
+            self._stats[name, stream.model] = counts
 
     def collect(self) -> Iterator[Metric]:
-        captured = CounterMetricFamily("camera_frames_captured", "Frames read from the camera.", labels=["camera"])
-        frames = CounterMetricFamily("camera_frames", "Frames by outcome.", labels=["camera", "outcome"])
-        latency = HistogramMetricFamily("camera_latency_seconds", "From capture to response.", labels=["camera"])
-        for name, counts in self._stats.items():
-            captured.add_metric([name], counts.captured)
+        labels = ["camera", "model"]
+        captured = CounterMetricFamily("camera_frames_captured", "Frames read for the model.", labels=labels)
+        frames = CounterMetricFamily("camera_frames", "Frames by outcome.", labels=[*labels, "outcome"])
+        latency = HistogramMetricFamily("camera_latency_seconds", "From capture to response.", labels=labels)
+        for stream, counts in self._stats.items():
+            captured.add_metric(stream, counts.captured)
             for outcome in OUTCOMES:
-                frames.add_metric([name, outcome], counts.outcomes[outcome])
+                frames.add_metric([*stream, outcome], counts.outcomes[outcome])
             buckets = zip(map(floatToGoString, BUCKETS_S), counts.latencies.counts(BUCKETS_S), strict=True)
-            latency.add_metric([name], list(buckets), counts.latencies.total_s)
+            latency.add_metric(stream, list(buckets), counts.latencies.total_s)
         yield from (captured, frames, latency)
 
 
 @contextmanager
-def serve_metrics(address: tuple[str, int] | None, stats: Mapping[Camera, CameraStats]) -> Iterator[None]:
+def serve_metrics(address: tuple[str, int] | None, stats: Mapping[Stream, CameraStats]) -> Iterator[None]:
     """Serve the stats at http://address/metrics until the block ends. Raises OutputError if that fails."""
     if address is None:
         yield

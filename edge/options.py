@@ -22,6 +22,7 @@ VIDEO_CODECS = {".mp4": ("avc1", "mp4v"), ".mkv": ("avc1", "mp4v"), ".avi": ("MJ
 # TorchServe always finds a whole batch in its queue while its workers are busy with others; with twice as many in
 # flight, frames only wait longer (benchmarks/README.md).
 BATCHES_IN_FLIGHT = 4
+DEFAULT_MODEL = "resnet-18"
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,17 @@ class Options:
     require_cameras: bool
     stall_timeout_s: float
     url: str
-    model: str
+    model: list[str]
     token_file: Path | None
     management_url: str | None
     server_wait_s: float
-    max_in_flight: int
+    max_in_flight: int | None
     check: bool
     log_every: int
     quiet: bool
     jsonl: str | None
     save_video: Path | None
     metrics_port: tuple[str, int] | None
-
-    @property
-    def frames_per_request(self) -> int:
-        return self.batch_size if self.client_batching else 1
 
     @property
     def video_paths(self) -> list[Path]:
@@ -112,7 +109,8 @@ def new_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("server").add_argument
     text = "TorchServe's inference address (default: %(default)s)"
     add("--url", type=http_url, default="http://127.0.0.1:8080", help=text)
-    add("--model", default="resnet-18", metavar="NAME", help="the model's name in TorchServe (default: %(default)s)")
+    text = "the name of a model in TorchServe; once for each model that gets the frames"
+    add("--model", action="append", metavar="NAME", help=f"{text} (default: {DEFAULT_MODEL})")
     text = "TorchServe's key file (default: the token in the variable TORCHSERVE_TOKEN, else ./key_file.json)"
     add("--token-file", type=Path, metavar="FILE", help=text)
     text = "TorchServe's management address, on the host of --url, to renew an expired token with the API key"
@@ -121,9 +119,10 @@ def new_parser() -> argparse.ArgumentParser:
     text = "how long the start, and each frame of a file, waits for a server that does not respond"
     text += " (default: %(default)g)"
     add("--server-wait", dest="server_wait_s", type=SECONDS, default=30.0, metavar="SECONDS", help=text)
-    text = f"requests in flight (default: {BATCHES_IN_FLIGHT} JSON batches, or {BATCHES_IN_FLIGHT} times --batch_size"
-    add("--max-in-flight", type=WHOLE, metavar="N", help=f"{text} single frames)")
-    add("--check", action="store_true", help="test cameras and server, print what works, and stream nothing")
+    text = f"requests in flight for each model (default: {BATCHES_IN_FLIGHT} JSON batches, or {BATCHES_IN_FLIGHT} times"
+    text += " --batch_size single frames, but at most as many batches of TorchServe)"
+    add("--max-in-flight", type=WHOLE, metavar="N", help=text)
+    add("--check", action="store_true", help="test cameras, server and models, print what works, and stream nothing")
 
     add = parser.add_argument_group("outputs").add_argument
     text = "print predictions every N frames, at least --batch-size (default: %(default)s)"
@@ -141,8 +140,9 @@ def new_parser() -> argparse.ArgumentParser:
 def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Options:
     """Return the options with the defaults that depend on other flags; check the flags that exclude each other."""
     args.input = args.input or [str(SAMPLE)]
-    # The same number of frames in flight in both ways of batching.
-    args.max_in_flight = args.max_in_flight or BATCHES_IN_FLIGHT * (1 if args.client_batching else args.batch_size)
+    args.model = args.model or [DEFAULT_MODEL]
+    if len(set(args.model)) < len(args.model):
+        parser.error("argument --model: expected different names")
     # The API key is sent only to the machine that gets the token as well.
     host = urlsplit(args.url).hostname
     if args.management_url is None and host in LOOPBACK:

@@ -10,18 +10,20 @@ import os
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from edge.cameras import Camera
 from edge.errors import OutputError
-from edge.frames import Prediction, Result
+from edge.frames import Prediction, Result, Stream
+from edge.options import Options
 from edge.stats import Rate
 
 if sys.platform != "win32":
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Output:
-    """Gets every result, those of one camera in frame order, on the main thread. Messages call it `name`."""
+    """Gets every result, those of one stream in frame order, on the main thread. Messages call it `name`."""
 
     name = ""
 
@@ -82,45 +84,55 @@ class Outputs:
 
 
 class Terminal(Output):
-    """Prints, every `log_every` frames of a camera, its rate and its last `batch_size` predictions.
+    """Prints, every --log-every frames of a stream, its rate and its last predictions, as many as --batch-size.
 
-    as_json: print the predictions as one list, as the server responds to a JSON batch.
-    show_names: print the camera's name above them.
+    With --client-batching they are one list, as the server responds to a JSON batch. Several streams have their names
+    above them.
     """
 
     name = "standard output"
 
-    def __init__(self, batch_size: int, as_json: bool, log_every: int, show_names: bool) -> None:
-        self._batch_size, self._as_json, self._show_names = batch_size, as_json, show_names
-        self._log_every = max(log_every, batch_size)  # so that no prediction is printed twice
-        self._rates: dict[Camera, Rate] = defaultdict(Rate)
-        self._unprinted: dict[Camera, deque[Prediction]] = defaultdict(lambda: deque(maxlen=batch_size))
-        self._numbers: dict[Camera, int] = {}
+    def __init__(self, options: Options) -> None:
+        self._batch_size, self._as_json = options.batch_size, options.client_batching
+        self._show_camera, self._show_model = len(options.input) > 1, len(options.model) > 1
+        self._log_every = max(options.log_every, options.batch_size)  # so that no prediction is printed twice
+        self._rates: dict[Stream, Rate] = defaultdict(Rate)
+        self._unprinted: dict[Stream, deque[Prediction]] = defaultdict(lambda: deque(maxlen=options.batch_size))
+        self._numbers: dict[Stream, int] = {}
 
     def write(self, result: Result) -> None:
-        camera = result.frame.camera
-        self._rates[camera].add(result, time.monotonic())
-        self._numbers[camera] = result.frame.number
+        stream = result.frame.stream
+        self._rates[stream].add(result, time.monotonic())
+        self._numbers[stream] = result.frame.number
         if result.predictions is not None:
-            self._unprinted[camera].append(result.predictions)
-        if result.frame.number % self._log_every == 0:
-            self._print(camera)
+            self._unprinted[stream].append(result.predictions)
+        if result.frame.order % self._log_every == 0:
+            self._print(stream)
 
     def close(self) -> None:
-        for camera in self._numbers:
-            self._print(camera)
+        for stream in self._numbers:
+            self._print(stream)
 
-    def _print(self, camera: Camera) -> None:
-        predictions = list(self._unprinted[camera])
+    def _print(self, stream: Stream) -> None:
+        predictions = list(self._unprinted[stream])
         if not predictions:
             return
-        self._unprinted[camera].clear()
-        fps = self._rates[camera].fps(time.monotonic())
-        lines = [camera.name] if self._show_names else []
-        lines += [f"With Batch Size {self._batch_size}, FPS at frame number {self._numbers[camera]} is {fps:.1f}"]
-        lines += [json.dumps(block, indent=2) for block in ([predictions] if self._as_json else predictions)]
+        self._unprinted[stream].clear()
+        fps = self._rates[stream].fps(time.monotonic())
+        names = [stream.camera.name] * self._show_camera + [stream.model] * self._show_model
+        lines = [", ".join(names)] if names else []
+        lines += [f"With Batch Size {self._batch_size}, FPS at frame number {self._numbers[stream]} is {fps:.1f}"]
+        lines += [as_text(block) for block in ([predictions] if self._as_json else predictions)]
         tqdm.write("\n".join(lines), file=sys.stdout)
         sys.stdout.flush()
+
+
+def as_text(value: Any, margin: str = "") -> str:
+    """Return predictions as JSON with a line for each value. A person, who has many, has one line."""
+    if isinstance(value, list) and value:
+        items = [f"\n{margin}  {as_text(item, margin + '  ')}" for item in value]
+        return f"[{','.join(items)}\n{margin}]"
+    return json.dumps(value, indent=None if "keypoints" in value else 2).replace("\n", f"\n{margin}")
 
 
 def open_output(path: Path) -> FileIO:
@@ -157,6 +169,7 @@ class JsonLines(Output):
         captured_at = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - frame.captured_at)
         fields = {
             "camera": frame.camera.name,
+            "model": frame.model,
             "frame": frame.number,
             "captured_at": captured_at.isoformat(timespec="milliseconds"),
             "position_s": None if frame.position_s is None else round(frame.position_s, 3),
@@ -190,17 +203,20 @@ class Progress(Output):
 
     name = "the progress bar"
 
-    def __init__(self, cameras: list[Camera]) -> None:
-        counts = [camera.frame_count for camera in cameras]
+    def __init__(self, cameras: list[Camera], models: int = 1) -> None:
+        counts = [camera.frame_count for camera in cameras] * models
         self._bar = tqdm(total=sum(counts) if all(counts) else None, unit="frame", dynamic_ncols=True)
         self._rate = Rate()
         self._latency_s = 0.0
+        self._numbers = Counter[Stream]()  # of the last frames; a model may get fewer frames than are read
 
     def write(self, result: Result) -> None:
+        frame = result.frame
         self._rate.add(result, time.monotonic())
         self._latency_s = result.latency_s or self._latency_s
         self._bar.set_postfix_str(self._speed(), refresh=False)
-        self._bar.update()
+        self._bar.update(frame.number - self._numbers[frame.stream])
+        self._numbers[frame.stream] = frame.number
 
     def poll(self) -> None:
         self._bar.set_postfix_str(self._speed())  # The rate falls while the server is down.

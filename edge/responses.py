@@ -5,6 +5,7 @@ import ssl
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import requests
@@ -13,13 +14,52 @@ from edge.errors import ServerError
 from edge.frames import Frame, Result
 
 BATCH_HEADER = "X-Forward-Batch-Size"  # the number of frames in the forward pass; set by handler.py
+MAX_REQUEST_FRAMES = 256  # of a server that states no number, and of a clip
+POSE_ESTIMATION = "pose-estimation"
 # The server is busy (503: its queue is full), lost a worker (500, 507), or a proxy can't reach it.
 TRANSIENT = frozenset({429, 500, 502, 503, 504, 507})
 TOO_LARGE = "413 the request is larger than the server accepts: use a smaller --batch_size or --resize"
 MAX_ERROR_CHARACTERS = 300
 
 
-def parse_response(response: requests.Response, frames: Sequence[Frame], is_batch: bool) -> list[Result]:
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the server states of a model in the headers of its responses. The defaults are for one that states nothing.
+
+    batch_size: of TorchServe, in requests.
+    max_frames: of a request.
+    clip_frames, frame_rate: of a clip, frames a second; a clip of one frame is a single image.
+    """
+
+    task: str = "image-classification"
+    batch_size: int = MAX_REQUEST_FRAMES
+    max_frames: int = MAX_REQUEST_FRAMES
+    clip_frames: int = 1
+    frame_rate: float = 0.0
+
+    @property
+    def interval_s(self) -> float:
+        """Return the seconds between two frames of a clip, 0.0 if the model gets all frames."""
+        return 1 / self.frame_rate if self.frame_rate else 0.0
+
+    @classmethod
+    def of(cls, response: requests.Response) -> "ModelInfo":
+        """Return what a response states; nothing else is trusted to be in its headers."""
+
+        def number(name: str, default: float) -> float:
+            text = response.headers.get(f"X-Model-{name}", "")
+            return float(text) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", text) else default
+
+        limits = [int(number(name, MAX_REQUEST_FRAMES)) for name in ("Batch-Size", "Max-Frames")]
+        batch_size, max_frames = [min(max(limit, 1), MAX_REQUEST_FRAMES) for limit in limits]
+        clip_frames, frame_rate = min(int(number("Clip-Frames", 1)), max_frames), number("Frame-Rate", 0)
+        clip = (clip_frames, frame_rate) if clip_frames > 1 and frame_rate > 0 else (1, 0.0)
+        return cls(response.headers.get("X-Model-Task", cls.task), batch_size, max_frames, *clip)
+
+
+def parse_response(
+    response: requests.Response, frames: Sequence[Frame], is_batch: bool, task: str = ModelInfo.task
+) -> list[Result]:
     """Return one result for each frame, in the order sent, whatever the response is."""
     received_at = time.monotonic()
     body = json_body(response)
@@ -39,22 +79,44 @@ def parse_response(response: requests.Response, frames: Sequence[Frame], is_batc
     batch_size = int(header) if re.fullmatch(r"[1-9][0-9]{0,8}", header) else None
     return [
         Result(frame, "answered", prediction, None, received_at - frame.captured_at, batch_size)
-        if is_prediction(prediction)
-        else Result.failed(frame, frame_error(prediction))
+        if is_prediction(prediction, task)
+        else Result.failed(frame, frame_error(prediction, task))
         for frame, prediction in zip(frames, predictions, strict=True)
     ]
 
 
-def is_prediction(value: Any) -> bool:
-    """Whether a value is a dict label -> probability, of numbers that a float can hold (1e999 is valid JSON)."""
-    numbers = list(value.values()) if isinstance(value, dict) else []
-    return bool(numbers) and all(isinstance(n, float | int) and abs(n) <= sys.float_info.max for n in numbers)
+def is_prediction(value: Any, task: str) -> bool:
+    """Whether a value is a prediction of a task: a dict label -> probability, or a list of persons."""
+    if task == POSE_ESTIMATION:
+        return isinstance(value, list) and all(map(is_person, value))
+    return isinstance(value, dict) and bool(value) and are_numbers(list(value.values()))
 
 
-def frame_error(value: Any) -> str:
+def is_person(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("keypoints"), dict):
+        return False
+    keypoints = list(value["keypoints"].values())
+    return (
+        are_numbers([value.get("score")], 1)
+        and are_numbers(value.get("box"), 4)
+        and all(are_numbers(point, 3) for point in keypoints)
+    )
+
+
+def are_numbers(values: Any, count: int | None = None) -> bool:
+    """Whether a value is a list of numbers that a float can hold (1e999 is valid JSON)."""
+    return (
+        isinstance(values, list)
+        and len(values) == (len(values) if count is None else count)
+        and all(isinstance(n, float | int) and abs(n) <= sys.float_info.max for n in values)
+    )
+
+
+def frame_error(value: Any, task: str) -> str:
     """Return why a frame of a JSON batch has no prediction: the server writes {"error": text} in its place."""
     text = value.get("error") if isinstance(value, dict) else None
-    return one_line(text) if isinstance(text, str) else "unexpected response: expected label -> probability"
+    expected = "a list of persons" if task == POSE_ESTIMATION else "label -> probability"
+    return one_line(text) if isinstance(text, str) else f"unexpected response: expected {expected}"
 
 
 def json_body(response: requests.Response) -> Any:

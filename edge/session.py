@@ -11,6 +11,7 @@ import requests
 
 from edge.auth import BearerToken
 from edge.deadline import DeadlineAdapter
+from edge.errors import ServerError
 from edge.responses import is_auth_error, is_transient, reason, root_cause
 from edge.timing import Timing, backoff_s
 
@@ -43,6 +44,14 @@ class ServerHealth:
             if self.is_down:
                 log.warning("%s is responding again after %.1f s", self._url, self.down_for_s())
             self._failing_since, self.is_down = None, False
+
+    def error_after(self, wait_s: float) -> ServerError | None:
+        """Return the error of a server that did not respond for wait_s; None if it did."""
+        if 0 < self.down_for_s() >= wait_s:
+            return ServerError(
+                f"{self._url} did not respond for {wait_s:g} s ({self.last_error}): see the server's logs"
+            )
+        return None
 
     def down_for_s(self) -> float:
         """Return the seconds since the first failure after the last success, 0.0 if there was none."""

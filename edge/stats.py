@@ -1,4 +1,4 @@
-"""Counts, latencies and rates of each camera, and the summary at the end."""
+"""Counts, latencies and rates of each stream, and the summary at the end."""
 
 import math
 from collections import Counter, deque
@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from edge.cameras import Camera
-from edge.frames import Outcome, Result
+from edge.frames import Outcome, Result, Stream
 
 OUTCOMES = get_args(Outcome)
 RATE_WINDOW_S = 10.0
@@ -110,17 +109,19 @@ class CameraStats:
         return self.batch_sizes.total() / passes if passes else 0.0
 
 
-def summary(stats: Mapping[Camera, CameraStats]) -> str:
-    """Return a table with a line for each camera, and below it the causes of the frames that were not answered."""
-    rows = [["camera", "captured", *OUTCOMES, "FPS", "p50 ms", "p95 ms", "p99 ms", "max ms", "batch"]]
-    causes = []
-    for camera, counts in stats.items():
+def summary(stats: Mapping[Stream, CameraStats]) -> str:
+    """Return a table with a line for each stream, and below it the causes of the frames that were not answered."""
+    rows = [["camera", "model", "captured", *OUTCOMES, "FPS", "p50 ms", "p95 ms", "p99 ms", "max ms", "batch"]]
+    causes, models = [], {stream.model for stream in stats}
+    for stream, counts in stats.items():
         outcomes = [str(counts.outcomes[outcome]) for outcome in OUTCOMES]
         seconds = [*map(counts.latencies.percentile, (50, 95, 99)), counts.latencies.max_s]
         latencies = [f"{1000 * each:.0f}" if counts.outcomes["answered"] else "-" for each in seconds]
         batch = f"{counts.mean_batch():.1f}" if counts.batch_sizes else "-"
-        rows.append([camera.name, str(counts.captured), *outcomes, f"{counts.fps():.1f}", *latencies, batch])
-        causes += [f"{camera.name}: {n} {outcome}: {cause}" for (outcome, cause), n in counts.causes.most_common()]
+        cells = [stream.camera.name, stream.model, str(counts.captured), *outcomes]
+        rows.append([*cells, f"{counts.fps():.1f}", *latencies, batch])
+        name = stream.name(models)
+        causes += [f"{name}: {n} {outcome}: {cause}" for (outcome, cause), n in counts.causes.most_common()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    aligned = [[*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])] for row in rows]
     return "\n".join(["  ".join(cells) for cells in aligned] + causes)

@@ -16,8 +16,10 @@ class Timing:
     connect_s: float = 5.0  # to connect or to send: the network stack repeats a lost packet after 1 s and after 3 s
     # To respond. A slow server needs time for all frames in flight: with a fixed time it would get requests again
     # before it reaches them.
+    first_response_s: float = 60.0  # to the test image: a slow model takes 13 s for it on a core, and three share one
     response_s: float = 2.0
     response_per_frame_s: float = 1 / 3  # A server that is slower than 3 frames/s counts as one that hangs.
+    max_response_per_frame_s: float = 60.0  # of a slow model, which took long for the test image
     min_response_s: float = 5.0  # TorchServe pauses for seconds while it restarts a worker
     first_backoff_s: float = 0.1  # about one forward pass: after that a busy server has a free worker
     max_backoff_s: float = 1.0  # so that a server that is back is found within a second
@@ -35,9 +37,9 @@ class Timing:
     first_reconnect_s: float = 0.5  # A camera that dropped a connection accepts the next one.
     max_reconnect_s: float = 3.0  # so that a camera that is back is found within 3 s
 
-    def response_timeout_s(self, frames_in_flight: int) -> float:
-        """Return how long a response may take while so many frames are with the server."""
-        return max(self.min_response_s, self.response_s + frames_in_flight * self.response_per_frame_s)
+    def response_timeout_s(self, frames_in_flight: int, frame_s: float = 0.0) -> float:
+        """Return how long a response may take while so many frames are with a server that may take frame_s for each."""
+        return max(self.min_response_s, self.response_s + frames_in_flight * max(self.response_per_frame_s, frame_s))
 
 
 def backoff_s(first_s: float, max_s: float, attempt: int) -> float:

@@ -1,22 +1,23 @@
 """Annotated videos: the frames of a camera with their predictions drawn on them."""
 
 import errno
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 
 from edge.cameras import Camera
+from edge.drawing import annotate
 from edge.errors import OutputError
-from edge.frames import Result
+from edge.frames import Frame, Result
 from edge.options import VIDEO_CODECS
 from edge.outputs import Output, open_output
 
 MAX_STILL_S = 10.0  # One frame is repeated no longer than this, however long the camera was lost.
-MAX_LABELS = 3
 DISK_RESERVE = 10_000_000  # bytes that a video leaves free
 DISK_CHECK_FRAMES = 25
 MAX_TIMEBASE = 65_535  # of MPEG-4
@@ -53,12 +54,12 @@ def new_writer(path: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWriter
 class Video(Output):
     """Writes the annotated video of one camera, in the size of its first frame. Raises OutputError if it can't.
 
-    A frame of a file gets the time that it has in the file: the frame before it is repeated until then. Frames that
-    were not sent are replaced by the frame before them. A live source is written at the rate that it states, see
-    live_repeats().
+    A frame is shown when the first model has responded to it, with the latest results of all models. Frames that were
+    sent to no model are replaced by the frame before them. A frame of a file gets the time that it has in the file: the
+    frame before it is repeated until then. A live source is written at the rate that it states, see live_repeats().
     """
 
-    def __init__(self, path: Path, camera: Camera) -> None:
+    def __init__(self, path: Path, camera: Camera, models: Sequence[str]) -> None:
         self.name = str(path)
         self._lock = open_output(path)  # held until close()
         self._lock.truncate(0)
@@ -75,20 +76,43 @@ class Video(Output):
         self._start = 0.0  # of a live source: when its first frame was captured, plus the seconds left out
         self._position_s = 0.0  # of a file: that of the last frame
         self._passes_s = 0.0  # of a file that is repeated: the seconds before its last begin
+        self._numbers = dict.fromkeys(models, 0)  # of the last frame of each model
+        self._number = 0  # of the last frame that was shown
+        self._latest: dict[str, Result] = {}  # of each model
+        self._unsent: dict[int, Frame] = {}  # frames that a model did not get, and no model so far
 
     def write(self, result: Result) -> None:
-        frame, image = result.frame, self._last_image
+        frame = result.frame
         if frame.camera is not self._camera:
             return
+        self._numbers[frame.model] = frame.number
         if frame.jpeg:
-            image = annotate(result)
-            if self._writer is None:
-                self._start, self._fps = frame.captured_at, frame.camera.video_fps()
-                self._open(image.shape[1], image.shape[0])
-            if image.shape[1::-1] != self._size:
-                image = cv2.resize(image, self._size)
+            self._latest[frame.model] = result
+        if frame.jpeg and frame.number > self._number:
+            self._show_unsent(frame.number - 1)
+            latest = {model: self._latest[model] for model in self._numbers if model in self._latest}
+            self._show(frame, annotate(frame, latest))
+        elif not frame.jpeg:
+            self._unsent[frame.number] = frame
+        self._show_unsent(min(self._numbers.values()))
+
+    def _show_unsent(self, last: float) -> None:
+        """Show the frames up to number `last` that were sent to no model. Another model may still bring later ones."""
+        for number in sorted(each for each in self._unsent if each <= last):
+            frame = self._unsent.pop(number)
+            if number > self._number:
+                self._show(frame, self._last_image)
+
+    def _show(self, frame: Frame, image: Any) -> None:
+        """Write an image at the time of a frame."""
+        self._number = frame.number
+        if image is None:
+            return  # There was no image yet.
         if self._writer is None:
-            return  # no image yet
+            self._start, self._fps = frame.captured_at, frame.camera.video_fps()
+            self._open(image.shape[1], image.shape[0])
+        if image.shape[1::-1] != self._size:
+            image = cv2.resize(image, self._size)
         if frame.position_s is None:
             repeats, left_out_s = live_repeats(self._written, frame.captured_at - self._start, self._fps)
             self._start += left_out_s
@@ -119,6 +143,12 @@ class Video(Output):
 
     def close(self) -> None:
         """Complete the file. Raises OSError if it does not have all its frames."""
+        try:
+            self._show_unsent(math.inf)
+        finally:
+            self._complete()
+
+    def _complete(self) -> None:
         self._lock.close()
         if self._writer is None:
             self._path.unlink()  # Without a frame it would be no video.
@@ -127,22 +157,3 @@ class Video(Output):
         found = cv2.VideoCapture(str(self._path.absolute())).get(cv2.CAP_PROP_FRAME_COUNT)
         if found < 0.99 * self._written - 1:
             raise OSError(f"{self._path} has not all of its {self._written} frames: is the disk full?")
-
-
-def annotate(result: Result) -> Any:
-    """Return a frame's image, (height, width, 3) uint8 BGR, with its most probable labels, or the error."""
-    image: Any = cv2.imdecode(np.frombuffer(result.frame.jpeg, np.uint8), cv2.IMREAD_COLOR)
-    if result.predictions is None:
-        lines = [f"{result.outcome}: {result.error}"]
-    else:
-        best = sorted(result.predictions.items(), key=lambda item: item[1], reverse=True)[:MAX_LABELS]
-        lines = [f"{label} {probability:.2f}" for label, probability in best]
-    scale = min(image.shape[:2]) / 480
-    for number, line in enumerate(lines):
-        (width, height), below = cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, 1)
-        left, top, gap = round(8 * scale), round((8 + 32 * number) * scale), round(4 * scale)
-        corner = (left + width + 2 * gap, top + height + below + 2 * gap)
-        cv2.rectangle(image, (left, top), corner, color=(0, 0, 0), thickness=cv2.FILLED)
-        origin = (left + gap, top + gap + height)
-        cv2.putText(image, line, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, (255, 255, 255), 1, cv2.LINE_AA)
-    return image

@@ -130,7 +130,7 @@ def test_annotated_video_has_the_times_of_the_file(media: Path, tmp_path: Path, 
         camera = Camera(str(path), fps=FAST)
         camera.check()
         output = tmp_path / f"{path.stem}-out{suffix}"
-        video = Video(output, camera)
+        video = Video(output, camera, ["resnet-18"])
         frames = list(camera.frames(threading.Event()))
         for frame in frames:
             shade = np.full((48, 64, 3), 60 * (frame.number % 4), np.uint8)

@@ -191,7 +191,7 @@ def test_same_camera_twice(node: Node, short_clip: Path, tmp_path: Path) -> None
             half_a_scrape.sendall(b"GET /metrics")
             assert half_a_scrape.recv(1) == b""  # it is ended
         assert "Traceback" not in edge.stderr()
-    cameras = re.findall(r'(?m)^camera_frames_captured_total\{camera="(.*)"\}', page)
+    cameras = re.findall(r'(?m)^camera_frames_captured_total\{camera="(.*)",model="efficientnet-lite0"\}', page)
     assert cameras == [f"{short_clip} (input 1)", f"{short_clip} (input 2)"]
 
 

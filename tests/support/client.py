@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from edge.auth import BearerToken
 from edge.cameras import Camera
 from edge.client import TorchServeClient
 from edge.frames import Frame, Result
@@ -19,7 +20,10 @@ IMAGES = [b"one", b"two", b"three", b"four", b"five"]
 def new_client(url: str, stop: threading.Event, timing: Timing | None = None, **options: Any) -> TorchServeClient:
     """Return a client with at most 4 requests in flight, which are retried for 5 s, unless `options` say otherwise."""
     defaults: dict[str, Any] = {"management_url": None, "max_in_flight": 4, "server_wait_s": 5.0}
-    return TorchServeClient(replace(parse_args(["--url", url]), **defaults | options), stop, timing or Timing())
+    flags = replace(parse_args(["--url", url]), **defaults | options)
+    timing = timing or Timing()
+    token = BearerToken(flags.token_file, flags.management_url, timing)
+    return TorchServeClient(flags.model[0], token, flags, stop, timing)
 
 
 def frames(images: list[bytes]) -> list[Frame]:

@@ -34,7 +34,7 @@ EVENTS = st.lists(
 
 
 def frame(camera: Camera, number: int) -> Frame:
-    return Frame(camera, number, 0.0, b"")
+    return Frame(camera, number, 0.0, b"jpeg", order=number)
 
 
 def make_buffer(
@@ -89,8 +89,8 @@ def test_every_frame_leaves_the_buffer_once_in_any_order_of_events(
                 assert (lost is not None) == (len(queue) >= max_frames or stop.is_set())
                 if lost is not None:
                     is_newest = policy == "newest" or stop.is_set()
-                    assert lost.number == (put[camera] if is_newest else queue[0])
-                    dropped[camera].append(lost.number)
+                    assert lost.frame.number == (put[camera] if is_newest else queue[0])
+                    dropped[camera].append(lost.frame.number)
             case "get_batch", int(count) if available() >= count or stop.is_set() or not may_grow():
                 expected = min(count, available())
                 frames = buffer.get_batch(count)
@@ -117,7 +117,7 @@ def test_a_full_queue_drops_frames_by_its_policy(policy: DropPolicy, kept: list[
     buffer = make_buffer(2, {A: policy})
     lost = [buffer.put(frame(A, number)) for number in range(1, 5)]
     assert [each.number for each in buffer.get_batch(2)] == kept
-    assert [each.number for each in lost if each is not None] == [n for n in range(1, 5) if n not in kept]
+    assert [each.frame.number for each in lost if each is not None] == [n for n in range(1, 5) if n not in kept]
 
 
 def test_a_camera_outside_its_reorder_window_waits_for_its_results() -> None:
@@ -147,7 +147,7 @@ def test_cameras_take_turns() -> None:
 def test_a_file_waits_while_its_queue_is_full() -> None:
     buffer = make_buffer(2, {A: "none"})
     fill(buffer, A, 2)
-    dropped: list[Frame | None] = []
+    dropped: list[Result | None] = []
     thread = threading.Thread(target=lambda: dropped.append(buffer.put(frame(A, 3))))
     thread.start()
     thread.join(0.2)
@@ -183,8 +183,7 @@ def test_after_stop_nothing_is_accepted_and_the_rest_is_taken_without_waiting(po
     buffer = make_buffer(3, {A: policy}, stop, reorder_window=1, batch_wait_s=600)
     fill(buffer, A, 3)
     stop.set()
-    late = frame(A, 4)
-    assert buffer.put(late) is late
+    assert buffer.put(frame(A, 4)) == Result.not_sent(frame(A, 4), "dropped", "the run ended")
     assert [each.number for each in buffer.get_batch(2)] == [1, 2]
     assert [each.number for each in buffer.get_batch(2)] == [3]
     assert buffer.get_batch(2) == []
@@ -218,7 +217,7 @@ def test_threads_that_put_and_get_at_once_lose_nothing() -> None:
 
     def produce(camera: Camera) -> None:
         lost = [buffer.put(frame(camera, number)) for number in range(1, 501)]
-        dropped.extend((camera.name, each.number) for each in lost if each is not None)
+        dropped.extend((camera.name, each.frame.number) for each in lost if each is not None)
         buffer.close(camera)
 
     def consume() -> None:

@@ -15,9 +15,10 @@ import pytest
 
 from edge.errors import OutputError
 from edge.frames import Frame, Result
+from edge.options import parse_args
 from edge.outputs import JsonLines, Output, Outputs, Terminal
 from tests.support.frames import CLIP
-from tests.support.results import CAT, FILE, LIVE, dropped, result
+from tests.support.results import CAT, FILE, LIVE, MODEL, dropped, result
 from tests.support.scripts import outputs
 
 
@@ -146,21 +147,20 @@ def test_fps_is_answered_frames_over_time(
     failed: set[int],
     expected: list[float],
 ) -> None:
-    terminal = Terminal(batch_size=4, as_json=False, log_every=10, show_names=False)
+    terminal = Terminal(parse_args(["--log-every", "10"]))
     for number, now in enumerate(answered_at, start=1):
         monkeypatch.setattr("time.monotonic", lambda now=now: now)
-        frame = Frame(FILE, number, now - 0.1, b"")
+        frame = Frame(FILE, number, now - 0.1, b"", order=number)
         terminal.write(Result.failed(frame, "x") if number in failed else Result(frame, "answered", CAT))
     terminal.close()
     assert [output.fps for output in outputs(capsys.readouterr().out)] == pytest.approx(expected, abs=0.051)
 
 
 def test_terminal_prints_the_last_predictions_once(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal = Terminal(batch_size=3, as_json=True, log_every=1, show_names=False)
+    terminal = Terminal(parse_args(["--client-batching", "--batch-size", "3", "--log-every", "1"]))
     for number in range(1, 6):
-        terminal.write(
-            dropped(number) if number == 2 else Result(Frame(FILE, number, 0.0, b""), "answered", {"x": number})
-        )
+        frame = Frame(FILE, number, 0.0, b"", None, MODEL, number)
+        terminal.write(dropped(number) if number == 2 else Result(frame, "answered", {"x": number}))
     terminal.write(dropped(6))
     terminal.close()
     terminal.close()
@@ -172,7 +172,7 @@ def test_terminal_prints_the_last_predictions_once(capsys: pytest.CaptureFixture
 
 
 def test_terminal_prints_the_name_of_the_camera(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal = Terminal(batch_size=1, as_json=False, log_every=2, show_names=True)
+    terminal = Terminal(parse_args(["--batch-size", "1", "--log-every", "2", "--input", "a.mp4", "--input", "b.mp4"]))
     for number in (1, 2):
         terminal.write(result(number, FILE))
         terminal.write(result(number, LIVE))
@@ -194,6 +194,7 @@ def test_json_lines(tmp_path: Path) -> None:
     assert lines == [
         {
             "camera": "rtsp://cam/live?channel=1",
+            "model": "resnet-18",
             "frame": 1,
             "position_s": None,
             "latency_ms": 100.0,
@@ -203,6 +204,7 @@ def test_json_lines(tmp_path: Path) -> None:
         },
         {
             "camera": str(CLIP),
+            "model": "resnet-18",
             "frame": 2,
             "position_s": 0.04,
             "latency_ms": None,

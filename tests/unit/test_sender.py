@@ -1,7 +1,7 @@
 """request.py: which frames are sent, which results the others get, and the order in which results are written."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import pytest
@@ -9,12 +9,15 @@ import pytest
 from edge.cameras import Camera
 from edge.client import TorchServeClient
 from edge.errors import SourceError
-from edge.frames import Frame, Result
-from edge.options import parse_args
+from edge.frames import Frame, Result, Stream
+from edge.options import Options, parse_args
 from edge.outputs import Output, Outputs
+from edge.responses import ModelInfo
 from edge.session import ServerHealth
+from edge.stats import CameraStats
 from edge.timing import Timing
 from request import Pipeline
+from tests.support.results import MODEL
 
 NOW = 100.0
 AGES_S = (0.5, 0.31, 0.3, 0.29, 0.0, 0.31)
@@ -31,7 +34,9 @@ class AgedFrames(Camera):
 class Client:
     """Stands in for TorchServeClient: remembers the numbers of the frames of each request."""
 
-    def __init__(self) -> None:
+    def __init__(self, frames_per_request: int = 1, max_in_flight: int = 16, info: ModelInfo | None = None) -> None:
+        self.model, self.info = MODEL, info or ModelInfo()
+        self.frames_per_request, self.max_in_flight = frames_per_request, max_in_flight
         self.requests: list[list[int]] = []
         self.is_drained = False
         self.error: Exception | None = None
@@ -48,40 +53,42 @@ class Client:
         self.is_drained = True
 
 
+def new_pipeline(
+    cameras: Sequence[Camera], client: Client, options: Options, stop: threading.Event, timing: Timing
+) -> Pipeline:
+    stats = {Stream(camera, MODEL): CameraStats() for camera in cameras}
+    return Pipeline(stats, [cast(TorchServeClient, client)], options, stop, timing)
+
+
 def send(client: Client, stop: threading.Event, *flags: str) -> list[tuple[int, str, str | None]]:
     """Read and send the frames of AGES_S; return the number, outcome and error of those that were not sent."""
     camera = AgedFrames("0", drop="none")
     options = parse_args(list(flags))
-    pipeline = Pipeline([camera], cast(TorchServeClient, client), options, stop, Timing())
+    pipeline = new_pipeline([camera], client, options, stop, Timing())
     reader = threading.Thread(target=pipeline.read_frames, args=[camera])
     reader.start()
     try:
-        pipeline.send_frames()
+        pipeline.send_frames(pipeline.clients[MODEL])
     finally:
         stop.set()
         reader.join(60)
         assert not reader.is_alive()
         results = [pipeline.results.get() for _ in range(pipeline.results.qsize())]
-    assert pipeline.stats[camera].captured == len(AGES_S)
+    assert pipeline.stats[Stream(camera, MODEL)].captured == len(AGES_S)
     assert all(isinstance(result, Result) and result.frame.jpeg == b"" for result in results)
     return [(each.frame.number, each.outcome, each.error) for each in cast(list[Result], results)]
 
 
 @pytest.mark.parametrize(
-    ("flags", "requests"),
-    [
-        ([], [[3], [4], [5]]),
-        (["--client-batching", "--batch_size", "3"], [[3], [4, 5]]),
-        (["--client-batching", "--batch_size", "6"], [[3, 4, 5]]),
-    ],
-    ids=["single frames", "JSON batches of 3", "JSON batches of 6"],
+    ("frames_per_request", "requests"),
+    [(1, [[3], [4], [5]]), (3, [[3], [4, 5]]), (6, [[3, 4, 5]])],
 )
 def test_a_frame_is_sent_unless_it_is_older_than_the_age_limit(
-    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, flags: list[str], requests: list[list[int]]
+    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, frames_per_request: int, requests: list[list[int]]
 ) -> None:
     monkeypatch.setattr("time.monotonic", lambda: NOW)
-    client = Client()
-    not_sent = send(client, stop, "--max-age", "300.1", *flags)
+    client = Client(frames_per_request)
+    not_sent = send(client, stop, "--max-age", "300.1")
     assert client.requests == requests
     assert not_sent == [(number, "expired", "older than 300.1 ms") for number in (1, 2, 6)]
     assert client.is_drained
@@ -108,21 +115,22 @@ def test_frame_that_was_read_too_late_is_dropped(stop: threading.Event) -> None:
             yield from (Frame(self, number, NOW, b"jpeg" if number == 2 else b"") for number in (1, 2, 3))
 
     camera = LateFrames("0")
-    pipeline = Pipeline([camera], cast(TorchServeClient, Client()), parse_args([]), stop, Timing())
+    pipeline = new_pipeline([camera], Client(), parse_args([]), stop, Timing())
     pipeline.read_frames(camera)
     results = [pipeline.results.get() for _ in range(pipeline.results.qsize())]
-    expected = [Result.not_sent(Frame(camera, number, NOW, b""), "dropped", "read too late") for number in (1, 3)]
+    frames = [Frame(camera, number, NOW, b"", None, MODEL, number) for number in (1, 3)]
+    expected = [Result.not_sent(frame, "dropped", "read too late") for frame in frames]
     assert results == expected
-    assert pipeline.stats[camera].captured == 3
+    assert pipeline.stats[Stream(camera, MODEL)].captured == 3
 
 
 def test_frames_that_wait_when_the_run_is_stopped_are_not_sent(stop: threading.Event) -> None:
     camera, client = AgedFrames("0"), Client()
-    pipeline = Pipeline([camera], cast(TorchServeClient, client), parse_args([]), stop, Timing())
+    pipeline = new_pipeline([camera], client, parse_args([]), stop, Timing())
     for number in range(1, 5):
-        assert pipeline.buffer.put(Frame(camera, number, 0.0, b"jpeg")) is None
+        assert pipeline.buffers[MODEL].put(Frame(camera, number, 0.0, b"jpeg")) is None
     stop.set()
-    pipeline.send_frames()
+    pipeline.send_frames(pipeline.clients[MODEL])
     results = [pipeline.results.get() for _ in range(pipeline.results.qsize())]
     expected = [Result.not_sent(Frame(camera, number, 0.0, b""), "dropped", "the run ended") for number in range(1, 5)]
     assert results == expected
@@ -133,10 +141,10 @@ def test_incomplete_batch_waits_for_half_of_the_age_limit_at_most(stop: threadin
     """Its first frame would expire. With the batch_wait_s of this test it would wait for longer than the test may."""
     camera = Camera("0")
     options = parse_args(["--client-batching", "--max-age", "200"])
-    pipeline = Pipeline([camera], cast(TorchServeClient, Client()), options, stop, Timing(batch_wait_s=3600.0))
+    pipeline = new_pipeline([camera], Client(4), options, stop, Timing(batch_wait_s=3600.0))
     frame = Frame(camera, 1, NOW, b"jpeg")
-    pipeline.buffer.put(frame)
-    assert pipeline.buffer.get_batch(4) == [frame]
+    pipeline.buffers[MODEL].put(frame)
+    assert pipeline.buffers[MODEL].get_batch(4) == [frame]
 
 
 def test_requests_in_flight_are_drained_when_the_sender_fails(stop: threading.Event) -> None:
@@ -150,8 +158,8 @@ def test_requests_in_flight_are_drained_when_the_sender_fails(stop: threading.Ev
 class UnorderedClient(Client):
     """Responds to three requests at a time, the latest first, and to every tenth frame with an error."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, max_in_flight: int = 16) -> None:
+        super().__init__(max_in_flight=max_in_flight)
         self.health = ServerHealth("http://server", Timing())
         self.in_flight: list[tuple[Frame, Callable[[Result], None]]] = []
 
@@ -198,17 +206,18 @@ def test_results_are_written_once_and_in_frame_order_in_whatever_order_responses
 ) -> None:
     """With 200 frames in a reorder window of 4, this also proves that results make room for other frames."""
     cameras = [ManyFrames("a.mp4"), ManyFrames("b.mp4")]
-    options = parse_args(["--max-in-flight", "1"])
-    pipeline = Pipeline([*cameras], cast(TorchServeClient, UnorderedClient()), options, stop, Timing(batch_wait_s=0.01))
+    pipeline = new_pipeline(
+        [*cameras], UnorderedClient(max_in_flight=1), parse_args([]), stop, Timing(batch_wait_s=0.01)
+    )
     recorder = Recorder()
     assert pipeline.run(Outputs([recorder], stop)) == 1  # Frames have failed.
     for camera in cameras:
         results = [result for result in recorder.results if result.frame.camera is camera]
         assert [result.frame.number for result in results] == list(range(1, 201))
-        stats = pipeline.stats[camera]
+        stats = pipeline.stats[Stream(camera, MODEL)]
         assert (stats.captured, stats.outcomes) == (200, {"answered": 180, "failed": 20})
     assert sorted(caplog.messages) == ["a.mp4: frame 10 failed: 503", "b.mp4: frame 10 failed: 503"]
-    assert capsys.readouterr().err.startswith("camera  captured  answered  failed")
+    assert capsys.readouterr().err.startswith("camera  model      captured  answered  failed")
 
 
 @pytest.mark.timeout(120)
@@ -216,7 +225,7 @@ def test_a_source_that_cannot_be_read_is_reported_once_and_the_others_go_on(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, stop: threading.Event
 ) -> None:
     cameras = [Missing("x.mp4"), ManyFrames("a.mp4")]
-    pipeline = Pipeline(cameras, cast(TorchServeClient, UnorderedClient()), parse_args([]), stop, Timing())
+    pipeline = new_pipeline(cameras, UnorderedClient(), parse_args([]), stop, Timing())
     recorder = Recorder()
     assert pipeline.run(Outputs([recorder], stop)) == SourceError.exit_code == 3
     assert caplog.messages.count("no such file") == 1

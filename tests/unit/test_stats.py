@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.frames import Frame, Result
+from edge.frames import Frame, Result, Stream
 from edge.stats import CameraStats, Latencies, Rate, summary
 from tests.support.frames import CLIP
 from tests.support.results import CAT, FILE, LIVE, dropped, result
@@ -43,9 +43,10 @@ def test_counts_add_up_and_need_no_more_memory_with_time() -> None:
     assert len(stats.causes) <= 21
     assert sum(stats.causes.values()) == 500
     assert stats.fps() == pytest.approx(500 / (99.9 - 0.1 + 0.1))
-    lines = summary({FILE: stats, LIVE: CameraStats()}).splitlines()
-    assert lines[1].split() == [str(CLIP), "1000", "500", "500", "0", "0", "5.0", "100", "100", "100", "100", "4.0"]
-    assert lines[2].split() == ["rtsp://cam/live?channel=1", "0", "0", "0", "0", "0", "0.0", "-", "-", "-", "-", "-"]
+    streams = {Stream(FILE, "resnet-18"): stats, Stream(LIVE, "resnet-18"): CameraStats()}
+    lines = summary(streams).splitlines()
+    assert lines[1].split() == f"{CLIP} resnet-18 1000 500 500 0 0 5.0 100 100 100 100 4.0".split()
+    assert lines[2].split() == ["rtsp://cam/live?channel=1", "resnet-18", *"00000", "0.0", *"-----"]
     assert f"{CLIP}: 480 failed: other reasons" in lines
 
 
@@ -65,15 +66,15 @@ def test_summary_has_a_line_for_each_camera_and_the_most_frequent_causes_first()
     file.record(result(4, at=0.4))
     file.record(dropped(5))
     live.record(Result.not_sent(Frame(LIVE, 1, 0.0, b""), "expired", "older than 300 ms"))
-    stats = {FILE: file, LIVE: live}
-    width = max(len(camera.name) for camera in stats)
+    stats = {Stream(FILE, "resnet-18"): file, Stream(LIVE, "resnet-18"): live}
+    width = max(len(stream.camera.name) for stream in stats)
     assert summary(stats).splitlines() == [
         "camera".ljust(width)
-        + "  captured  answered  failed  dropped  expired  FPS  p50 ms  p95 ms  p99 ms  max ms  batch",
+        + "  model      captured  answered  failed  dropped  expired  FPS  p50 ms  p95 ms  p99 ms  max ms  batch",
         FILE.name.ljust(width)
-        + "         5         1       3        1        0  2.0     100     100     100     100    4.0",
+        + "  resnet-18         5         1       3        1        0  2.0     100     100     100     100    4.0",
         LIVE.name.ljust(width)
-        + "         1         0       0        0        1  0.0       -       -       -       -      -",
+        + "  resnet-18         1         0       0        0        1  0.0       -       -       -       -      -",
         f"{FILE.name}: 2 failed: 503 busy",
         f"{FILE.name}: 1 failed: 500 no worker",
         f"{FILE.name}: 1 dropped: buffer full",
@@ -86,7 +87,7 @@ def test_frames_of_a_forward_pass_count_as_one_pass() -> None:
     for number, batch_size in enumerate((4, 4, 4, 4, 1, 1, 1, 1), start=1):
         frame = Frame(FILE, number, 0.0, b"")
         stats.record(Result(frame, "answered", CAT, latency_s=0.1, batch_size=batch_size))
-    assert summary({FILE: stats}).splitlines()[1].split()[-1] == "1.6"  # 8 frames in 5 passes
+    assert summary({Stream(FILE, "resnet-18"): stats}).splitlines()[1].split()[-1] == "1.6"  # 8 frames in 5 passes
 
 
 def test_rate_counts_the_last_10_seconds() -> None:

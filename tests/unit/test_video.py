@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from edge import options
 from edge.cameras import Camera
+from edge.drawing import annotate
 from edge.errors import OutputError
 from edge.frames import Frame, Result
 from edge.outputs import Outputs
-from edge.video import MAX_STILL_S, Video, annotate, live_repeats
+from edge.video import MAX_STILL_S, Video, live_repeats
 from tests.support.frames import CLIP, frames_of, jpeg
-from tests.support.results import FILE, dropped, result
+from tests.support.results import FILE, MODEL, dropped, result
 
 NTSC = 30000 / 1001  # frames a second
 
@@ -79,7 +80,7 @@ def live_camera(fps: float) -> Camera:
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".MP4"])
 def test_video_of_a_file_keeps_its_timing(tmp_path: Path, suffix: str) -> None:
     FILE.check()
-    video = Video(tmp_path / f"out{suffix}", FILE)
+    video = Video(tmp_path / f"out{suffix}", FILE, [MODEL])
     for each in [dropped(1), result(2, shade=50), result(3, shade=100), dropped(4), dropped(5), result(6, shade=200)]:
         video.write(each)
     video.close()
@@ -90,7 +91,7 @@ def test_video_of_a_file_keeps_its_timing(tmp_path: Path, suffix: str) -> None:
 
 def test_video_of_a_live_source_plays_as_long_as_the_camera_ran(tmp_path: Path) -> None:
     camera = live_camera(fps=10.0)
-    video = Video(tmp_path / "out.mkv", camera)
+    video = Video(tmp_path / "out.mkv", camera, [MODEL])
     for number, at, shade in ((1, 50.0, 0), (2, 50.1, 50), (3, 50.11, 100), (4, 50.6, 150), (5, 90.6, 200)):
         video.write(result(number, camera, at, shade))
     video.close()
@@ -100,7 +101,7 @@ def test_video_of_a_live_source_plays_as_long_as_the_camera_ran(tmp_path: Path) 
 
 def test_video_of_a_live_source_goes_on_at_its_rate_after_a_gap_that_was_cut(tmp_path: Path) -> None:
     camera = live_camera(fps=2.0)
-    video = Video(tmp_path / "out.mkv", camera)
+    video = Video(tmp_path / "out.mkv", camera, [MODEL])
     for number, at in enumerate((50.0, 950.0, 950.5, 951.0), start=1):
         video.write(result(number, camera, at, shade=50 * number))
     video.close()
@@ -109,7 +110,7 @@ def test_video_of_a_live_source_goes_on_at_its_rate_after_a_gap_that_was_cut(tmp
 
 def test_frames_of_a_live_source_that_were_not_sent_are_replaced_by_the_frame_before(tmp_path: Path) -> None:
     camera = live_camera(fps=10.0)
-    video = Video(tmp_path / "out.mkv", camera)
+    video = Video(tmp_path / "out.mkv", camera, [MODEL])
     for each in (
         dropped(1, camera, 49.9),
         result(2, camera, 50.0, shade=50),
@@ -124,7 +125,7 @@ def test_frames_of_a_live_source_that_were_not_sent_are_replaced_by_the_frame_be
 
 def test_video_of_a_live_source_that_is_faster_than_it_states(tmp_path: Path) -> None:
     camera = live_camera(fps=10.0)
-    video = Video(tmp_path / "out.mkv", camera)
+    video = Video(tmp_path / "out.mkv", camera, [MODEL])
     for number in range(1, 62):
         video.write(result(number, camera, 50 + number / 30))
     video.close()
@@ -132,7 +133,7 @@ def test_video_of_a_live_source_that_is_faster_than_it_states(tmp_path: Path) ->
 
 
 def test_video_stops_before_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    video = Video(tmp_path / "out.mp4", FILE)
+    video = Video(tmp_path / "out.mp4", FILE, [MODEL])
     for number in range(1, 26):
         video.write(result(number))
     monkeypatch.setattr("edge.video.DISK_RESERVE", 10**18)
@@ -149,7 +150,7 @@ def test_video_that_was_cut_off_is_an_error(tmp_path: Path, suffix: str) -> None
     import resource
 
     path = tmp_path / f"out{suffix}"
-    video = Video(path, FILE)
+    video = Video(path, FILE, [MODEL])
     noise = np.random.default_rng(1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -164,7 +165,7 @@ def test_video_that_was_cut_off_is_an_error(tmp_path: Path, suffix: str) -> None
 
 
 def test_video_accepts_another_resolution(tmp_path: Path) -> None:
-    video = Video(tmp_path / "out.mp4", FILE)
+    video = Video(tmp_path / "out.mp4", FILE, [MODEL])
     video.write(result(1))
     larger = jpeg(np.full((480, 640, 3), 200, np.uint8))
     video.write(Result.failed(Frame(FILE, 2, 0.0, larger, 0.04), "503 has no worker"))
@@ -176,7 +177,7 @@ def test_videos_of_several_cameras(tmp_path: Path) -> None:
     cameras = [Camera(str(CLIP)), Camera("1"), Camera("2")]
     inputs = ["--input", str(CLIP), "--input", "1", "--input", "2"]
     paths = options.parse_args([*inputs, "--save-video", str(tmp_path / "out.mp4")]).video_paths
-    videos = [Video(path, camera) for path, camera in zip(paths, cameras, strict=True)]
+    videos = [Video(path, camera, [MODEL]) for path, camera in zip(paths, cameras, strict=True)]
     outputs = Outputs(videos, threading.Event())
     outputs.write(result(1, cameras[0], shade=50))
     outputs.write(result(1, cameras[1], shade=150))
@@ -189,14 +190,14 @@ def test_videos_of_several_cameras(tmp_path: Path) -> None:
 
 def test_video_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file or directory"):
-        Video(tmp_path / "no" / "out.mp4", FILE)
+        Video(tmp_path / "no" / "out.mp4", FILE, [MODEL])
 
 
 @pytest.mark.parametrize("suffix", options.VIDEO_CODECS)
 @pytest.mark.parametrize("fps", [0.5, 23.976, 29.97, 66.667, 119.963, 240.0, 480.0, 1000.0, NTSC])
 def test_videos_of_all_rates_can_be_written(tmp_path: Path, suffix: str, fps: float) -> None:
     camera = live_camera(fps)
-    output = Video(tmp_path / f"out{suffix}", camera)
+    output = Video(tmp_path / f"out{suffix}", camera, [MODEL])
     for number in range(1, 6):
         output.write(result(number, camera, 50 + number / fps))
     output.close()
@@ -207,7 +208,7 @@ def test_videos_of_all_rates_can_be_written(tmp_path: Path, suffix: str, fps: fl
 
 def test_video_may_have_a_relative_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    output = Video(Path("12:00:00.mp4"), FILE)
+    output = Video(Path("12:00:00.mp4"), FILE, [MODEL])
     output.write(result(1))
     output.close()
     assert len(frames_of(tmp_path / "12:00:00.mp4")) == 1
@@ -218,17 +219,17 @@ def test_video_that_opencv_cannot_write_is_an_error_before_the_first_frame(
 ) -> None:
     monkeypatch.setitem(options.VIDEO_CODECS, ".mp4", ("xxxx",))
     with pytest.raises(OutputError, match=r"OpenCV can't write .*out.mp4 at 25 frames a second"):
-        Video(tmp_path / "out.mp4", FILE)
+        Video(tmp_path / "out.mp4", FILE, [MODEL])
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
 def test_video_that_another_run_is_writing_is_refused_and_keeps_its_frames(tmp_path: Path) -> None:
     path = tmp_path / "out.mkv"
-    first = Video(path, FILE)
+    first = Video(path, FILE, [MODEL])
     first.write(result(1))
     with pytest.raises(OutputError, match=r"out.mkv: another run is writing it"):
-        Video(path, FILE)
+        Video(path, FILE, [MODEL])
     first.close()
     assert len(frames_of(path)) == 1
 
@@ -237,7 +238,8 @@ def test_labels_are_drawn_where_they_can_be_read() -> None:
     cats = {"lynx": 0.1, "cat": 0.6, "dog": 0.2, "x": 0.05}
     for shade in (0, 128, 255):
         image = jpeg(np.full((480, 640, 3), shade, np.uint8))
-        drawn = annotate(Result(Frame(FILE, 1, 0.0, image), "answered", cats))
+        frame = Frame(FILE, 1, 0.0, image)
+        drawn = annotate(frame, {"resnet-18": Result(frame, "answered", cats)})
         assert drawn[110:, :].min() == drawn[110:, :].max() == shade, "three labels at most, at the top"
         assert drawn[8:40, 8:100].max() > 200, "white letters"
         assert drawn[8:40, 8:100].min() < 50, "on black"

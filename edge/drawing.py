@@ -1,0 +1,81 @@
+"""Draws the predictions of models on a frame: labels, boxes and skeletons."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from edge.frames import Frame, Result
+
+MAX_LABELS = 3  # of a single model; several models have one line each
+MAX_AGE_S = 1.0  # An older prediction is drawn with its age.
+MAX_PIXELS = 30_000  # OpenCV draws up to here: a prediction may be anywhere.
+WHITE, BLACK, GREEN, YELLOW, RED = (255, 255, 255), (0, 0, 0), (0, 220, 0), (0, 230, 255), (0, 0, 255)
+
+SIDES = ("left", "right")
+JOINTS = ("shoulder hip", "shoulder elbow", "elbow wrist", "hip knee", "knee ankle", "eye ear")
+SKELETON = [("left_shoulder", "right_shoulder"), ("left_hip", "right_hip")]
+SKELETON += [("nose", f"{side}_eye") for side in SIDES]
+SKELETON += [(f"{side}_{joint}", f"{side}_{other}") for side in SIDES for joint, other in map(str.split, JOINTS)]
+
+
+def annotate(frame: Frame, latest: Mapping[str, Result]) -> Any:
+    """Return a frame's image, (height, width, 3) uint8 BGR, with the latest result of each model drawn on it."""
+    image: Any = cv2.imdecode(np.frombuffer(frame.jpeg, np.uint8), cv2.IMREAD_COLOR)
+    lines: list[str] = []
+    for model, result in latest.items():
+        age_s = frame.captured_at - result.frame.captured_at
+        age = f" ({age_s:.1f} s ago)" if age_s > MAX_AGE_S else ""
+        labels = [f"{label}{age}" for label in texts(result)]
+        lines += [f"{model}: {labels[0]}"] if len(latest) > 1 else labels
+        if isinstance(result.predictions, list):
+            draw_persons(image, result.predictions)
+    draw_lines(image, lines)
+    return image
+
+
+def texts(result: Result) -> list[str]:
+    """Return the most probable labels of a result, the number of persons, or the error."""
+    if result.predictions is None:
+        return [f"{result.outcome}: {result.error}"]
+    if isinstance(result.predictions, list):
+        count = len(result.predictions)
+        return [f"{count} person{'' if count == 1 else 's'}"]
+    best = sorted(result.predictions.items(), key=lambda item: item[1], reverse=True)[:MAX_LABELS]
+    return [f"{label} {probability:.2f}" for label, probability in best]
+
+
+def draw_lines(image: Any, lines: Sequence[str]) -> None:
+    """Draw lines of text into the upper left corner, white on black."""
+    scale = min(image.shape[:2]) / 480
+    for number, line in enumerate(lines):
+        (width, height), below = cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, 1)
+        left, top, gap = round(8 * scale), round((8 + 32 * number) * scale), round(4 * scale)
+        corner = (left + width + 2 * gap, top + height + below + 2 * gap)
+        cv2.rectangle(image, (left, top), corner, BLACK, cv2.FILLED)
+        origin = (left + gap, top + gap + height)
+        cv2.putText(image, line, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, WHITE, 1, cv2.LINE_AA)
+
+
+def draw_persons(image: Any, persons: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the box, the score and the skeleton of each person."""
+    scale = min(image.shape[:2]) / 480
+    thick = max(1, round(2 * scale))
+    for person in persons:
+        left, top, right, bottom = map(pixel, person["box"])
+        cv2.rectangle(image, (left, top), (right, bottom), GREEN, thick)
+        origin = (left + thick, bottom - 2 * thick)
+        text = f"{person['score']:.2f}"
+        cv2.putText(image, text, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.6 * scale, GREEN, 1, cv2.LINE_AA)
+        # The score of a keypoint is not a probability. Below 0 the keypoint is hidden, or a guess.
+        points = {name: (pixel(x), pixel(y)) for name, (x, y, score) in person["keypoints"].items() if score > 0}
+        for name, other in SKELETON:
+            if name in points and other in points:
+                cv2.line(image, points[name], points[other], YELLOW, thick, cv2.LINE_AA)
+        for point in points.values():
+            cv2.circle(image, point, 2 * thick, RED, cv2.FILLED, cv2.LINE_AA)
+
+
+def pixel(value: float) -> int:
+    return round(min(max(value, -MAX_PIXELS), MAX_PIXELS))

@@ -1,0 +1,195 @@
+"""Clips: which frames of a camera a model of activity recognition gets, and in which requests."""
+
+import itertools
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.buffer import ClipBuffer
+from edge.cameras import Camera
+from edge.clock import Sampler
+from edge.frames import DropPolicy, Frame
+from edge.timing import Timing
+from tests.support.clock import Clock
+
+A, B, C = Camera("0"), Camera("1"), Camera("2")
+CAMERAS = (A, B, C)
+INTERVAL_S = 1 / 15
+PAUSE_S = 1.0
+
+
+@dataclass
+class Cameras:
+    """Cameras that put frames into a clip buffer. Each has a clock of its own, in seconds."""
+
+    clip_frames: int = 4
+    policy: DropPolicy = "oldest"
+    window: int = 1_000_000
+    now: float = 0.0
+    order: dict[Camera, int] = field(default_factory=lambda: defaultdict(int))
+    time_s: dict[Camera, float] = field(default_factory=lambda: defaultdict(float))
+    lost: set[tuple[Camera, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for camera in CAMERAS:
+            camera.drop = self.policy
+        self.stop = threading.Event()
+        timing = Timing(batch_wait_s=PAUSE_S)
+        self.buffer = ClipBuffer(self.clip_frames, CAMERAS, self.window, self.stop, timing)
+
+    def put(self, camera: Camera, step_s: float = INTERVAL_S, is_late: bool = False) -> None:
+        self.order[camera] += 1
+        self.time_s[camera] += step_s
+        jpeg = b"" if is_late else b"jpeg"
+        frame = Frame(camera, 0, self.time_s[camera], jpeg, order=self.order[camera])
+        if dropped := self.buffer.put(frame):
+            self.lost.add((camera, dropped.frame.order))
+
+    def rest(self) -> list[list[Frame]]:
+        """Return the clips that are left when all cameras have ended."""
+        for camera in CAMERAS:
+            self.buffer.close(camera)
+        clips = []
+        while clip := self.buffer.get_batch(self.clip_frames):
+            clips.append(clip)
+        return clips
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(CAMERAS),
+        st.sampled_from([INTERVAL_S] * 8 + [0.3, PAUSE_S, 1.1, 60.0, -5.0]),
+        st.sampled_from(["put"] * 12 + ["late", "get", "release"]),
+    ),
+    max_size=120,
+)
+
+
+@given(EVENTS, st.integers(2, 5), st.integers(5, 40), st.sampled_from(["oldest", "newest"]))
+def test_clips_never_mix_cameras_and_never_span_a_dropped_frame_or_a_pause(
+    events: list[tuple[Camera, float, str]], clip_frames: int, window: int, policy: DropPolicy
+) -> None:
+    cameras = Cameras(clip_frames, policy, window)
+    clips: list[list[Frame]] = []
+    unreleased: dict[Camera, int] = defaultdict(int)
+    for camera, step_s, event in events:
+        if event in ("put", "late"):
+            cameras.put(camera, step_s, event == "late")
+        elif event == "get" and any(cameras.buffer._clip(each, clip_frames) for each in CAMERAS):
+            clips.append(cameras.buffer.get_batch(clip_frames))
+            assert clips[-1]
+            unreleased[clips[-1][0].camera] += len(clips[-1])
+        elif event == "release" and unreleased[camera]:
+            cameras.buffer.release(camera)
+            unreleased[camera] -= 1
+        assert all(count <= window for count in unreleased.values())
+    for camera, count in unreleased.items():
+        for _ in range(count):
+            cameras.buffer.release(camera)
+    cameras.buffer._reorder_window = 1_000_000
+    clips += cameras.rest()
+
+    taken: dict[Camera, list[int]] = defaultdict(list)
+    for clip in clips:
+        assert 1 <= len(clip) <= clip_frames
+        assert len({frame.camera for frame in clip}) == 1
+        orders = [frame.order for frame in clip]
+        assert orders == list(range(orders[0], orders[0] + len(orders))), "a frame between them was dropped"
+        steps = [after.time_s - before.time_s for before, after in itertools.pairwise(clip)]
+        assert all(0 <= step <= PAUSE_S for step in steps)
+        taken[clip[0].camera] += orders
+    for camera in CAMERAS:
+        assert taken[camera] == sorted(taken[camera])
+        dropped = [order for other, order in cameras.lost if other is camera]
+        assert sorted(taken[camera] + dropped) == list(range(1, cameras.order[camera] + 1))
+
+
+def test_a_whole_clip_is_taken_at_once_and_cameras_take_turns() -> None:
+    cameras = Cameras(clip_frames=3, policy="none")
+    for _ in range(3):
+        cameras.put(A)
+        cameras.put(B)
+    clips = [cameras.buffer.get_batch(3) for _ in range(2)]
+    assert [[(frame.camera, frame.order) for frame in clip] for clip in clips] == [
+        [(A, 1), (A, 2), (A, 3)],
+        [(B, 1), (B, 2), (B, 3)],
+    ]
+
+
+def test_after_a_dropped_frame_a_new_clip_begins() -> None:
+    cameras = Cameras(clip_frames=4)
+    cameras.put(A)
+    cameras.put(A)
+    cameras.put(A, is_late=True)
+    cameras.put(A)
+    assert [frame.order for frame in cameras.buffer.get_batch(4)] == [1, 2]
+    assert [[frame.order for frame in clip] for clip in cameras.rest()] == [[4]]
+
+
+def test_while_the_server_is_slow_the_clip_that_waits_is_the_newest() -> None:
+    cameras = Cameras(clip_frames=4)
+    for _ in range(11):
+        cameras.put(A)
+    assert [frame.order for frame in cameras.buffer.get_batch(4)] == [8, 9, 10, 11]
+
+
+def test_an_incomplete_clip_is_sent_when_the_camera_pauses(clock: Clock) -> None:
+    cameras = Cameras(clip_frames=4)
+    cameras.put(A)
+    cameras.put(A)
+    clock.now = cameras.time_s[A] + PAUSE_S - 0.01
+    assert cameras.buffer._clip(A, 4) == []
+    clock.now = cameras.time_s[A] + PAUSE_S + 0.01
+    assert [frame.order for frame in cameras.buffer.get_batch(4)] == [1, 2]
+
+
+def test_a_clip_waits_for_room_in_the_reorder_window() -> None:
+    cameras = Cameras(clip_frames=2, policy="none", window=2)
+    cameras.put(A)
+    cameras.put(A)
+    assert len(cameras.buffer.get_batch(2)) == 2
+    cameras.put(A)
+    cameras.put(A)
+    assert cameras.buffer._clip(A, 2) == []
+    cameras.buffer.release(A)
+    assert cameras.buffer._clip(A, 2) == []
+    cameras.buffer.release(A)
+    assert [frame.order for frame in cameras.buffer.get_batch(2)] == [3, 4]
+
+
+def test_after_stop_the_rest_is_taken_without_waiting() -> None:
+    cameras = Cameras(clip_frames=4, window=1)
+    for camera in (A, A, B):
+        cameras.put(camera)
+    cameras.stop.set()
+    clips = [cameras.buffer.get_batch(4) for _ in range(3)]
+    assert [[frame.order for frame in clip] for clip in clips] == [[1, 2], [1], []]
+
+
+@pytest.mark.parametrize(
+    ("fps", "chosen"),
+    [(30, 15), (25, 15), (15, 15), (14.985, 14.985), (10, 10), (60, 15), (16, 15)],
+)
+def test_frames_are_chosen_at_the_rate_of_the_clip(fps: float, chosen: float) -> None:
+    sampler = Sampler(INTERVAL_S)
+    times = [number / fps for number in range(round(20 * fps))]
+    kept = [time_s for time_s in times if sampler.is_due(time_s)]
+    assert len(kept) == pytest.approx(20 * chosen, abs=1.5)
+    interval_s = max(INTERVAL_S, 1 / fps)
+    for before, after in itertools.pairwise(kept[1:]):  # The first frame has no interval before it.
+        assert after - before == pytest.approx(interval_s, abs=1 / fps + 1e-6)
+
+
+def test_frames_are_chosen_again_when_a_file_is_repeated() -> None:
+    sampler = Sampler(INTERVAL_S)
+    times = [number / 30 for number in range(60)]
+    assert [[sampler.is_due(time_s) for time_s in times].count(True) for _ in range(3)] == [31, 31, 31]
+
+
+def test_without_a_rate_all_frames_are_chosen() -> None:
+    sampler = Sampler(0.0)
+    assert all(sampler.is_due(time_s) for time_s in (5.0, 5.0, 5.1, 5.05, 0.0, 70.0))
