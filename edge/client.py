@@ -110,7 +110,7 @@ class TorchServeClient:
         frame = Frame(TEST_CAMERA, 1, time.monotonic(), TEST_IMAGE)
         (result,) = responses.parse_response(response, [frame], False, self.info.task)
         if result.outcome != "answered":
-            raise ServerError(f"{self._options.url} does not answer a test image: {result.error}")
+            raise ServerError(f"{self._url} has no prediction for a test image: {result.error}")
         slow_s = LOAD_FACTOR * response.elapsed.total_seconds() / self.info.clip_frames
         self._frame_s = min(slow_s, self._timing.max_response_per_frame_s)
         return result

@@ -20,8 +20,8 @@ def test_check_reports_each_thing_that_works_or_fails(node: Node, tmp_path: Path
     camera, server, model, latency, batching, limit = done.stdout.splitlines()
     size = len(jpeg(frames_of(CLIP)[0]))
     assert camera == f"ok    camera {CLIP}: states 25 frames/s, {size:,} bytes per frame"
-    assert server == f"ok    server {node.url}: reachable, accepts the token, has the model"
-    found = re.fullmatch(r"ok    model: (\S+) 0\.\d\d", model)
+    assert server == f"ok    server {node.url}: reachable, accepts the token, has the model efficientnet-lite0"
+    found = re.fullmatch(r"ok    model efficientnet-lite0: image-classification: (\S+) 0\.\d\d", model)
     assert found
     assert found[1] in CATS
     assert re.fullmatch(r"ok    latency: \d+ ms for a single frame \(median of 5\)", latency)

@@ -188,6 +188,6 @@ def test_server_that_is_not_torchserve_is_reported_before_the_first_frame(
     fake.bodies.append(b"")  # The test image is number 1, and gets no good response.
     with (
         new_client(fake.url, stop, server_wait_s=0.5) as client,
-        pytest.raises(ServerError, match=rf"{fake.url} does not classify a test image: .*{reason}"),
+        pytest.raises(ServerError, match=rf"/predictions/resnet-18 has no prediction for a test image: .*{reason}"),
     ):
         client.wait_until_ready()

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from demo.node import PROJECT, java_environment
+from server.models import MODELS
+from tests.support.archives import Archives
 from tests.support.frames import CATS, Pixels, frames_of, jpeg
+from tests.support.networks import RANDOM
 from tests.support.programs import ISOLATED, needs
 from tests.support.project_copy import copy_project, shorten_clip
 from tests.support.scripts import Output, json_lines, outputs, summary
@@ -57,14 +60,16 @@ def workplace(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[dict[str, str]]:
-    """The environment of a user who activated the venv and has ResNet-18's weights in torch's cache.
+def environment(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[dict[str, str]]:
+    """The environment of a user who activated the venv and has the weights of all models in torch's cache.
 
     The weights are random, as the real ones cannot be had everywhere.
     """
     cache = tmp_path_factory.mktemp("torch")
     (cache / "hub" / "checkpoints").mkdir(parents=True)
-    (cache / "hub" / "checkpoints" / "resnet18-f37072fd.pth").symlink_to(weights)
+    for model in RANDOM:
+        name = MODELS[model].weights.url.rpartition("/")[2]
+        (cache / "hub" / "checkpoints" / name).symlink_to(archives.weights(model))
     with tempfile.TemporaryDirectory(prefix="ts-") as scratch:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         yield {
@@ -160,6 +165,23 @@ def test_efficientnet_prints_what_the_readme_shows(workplace: Path, environment:
     frame, batch = shown()
     assert frame == pytest.approx(found[0].answers[0], abs=1e-3)
     assert json.dumps([frame], indent=2).startswith(batch)
+
+
+@pytest.mark.slow
+@needs("unshare", "ip")
+def test_three_models_on_one_camera(workplace: Path, environment: dict[str, str]) -> None:
+    *build, start, stream, stop = commands("Several tasks on one camera")
+    steps = {"shorten": SHORTEN, "build": "; ".join(build), "start": start, "stream": stream, "stop": stop}
+    one_core = {"JAVA_TOOL_OPTIONS": "-XX:ActiveProcessorCount=1"}  # Keypoint R-CNN takes 2 GB in each worker.
+    printed = type_in(steps, workplace, environment | one_core)
+    rows = summary((workplace / "stream.err").read_text())
+    assert [row["model"] for row in rows.values()] == ["resnet-18", "keypointrcnn-resnet50-fpn", "r3d-18"]
+    counts = {row["model"]: (int(row["captured"]), int(row["answered"])) for row in rows.values()}
+    assert [captured for captured, _ in counts.values()] == [SHORT, SHORT, pytest.approx(SHORT * 15 / 25, abs=2)]
+    assert all(answered > 0 for _, answered in counts.values())
+    assert counts["keypointrcnn-resnet50-fpn"][1] < counts["resnet-18"][1], "a slow model does not delay the others"
+    assert set(re.findall(r"(?m)^([\w-]+)\nWith Batch Size 4", printed["stream"])) == set(counts)
+    assert len(frames_of(workplace / "tasks.mp4")) == SHORT
 
 
 def assert_shows_the_clip(found: list[Output], batch_size: int, frames: int = 375) -> None:

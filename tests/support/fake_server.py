@@ -34,6 +34,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.bodies: list[bytes] = []  # of the test image and of all requests after it
         self.tokens: set[str | None] = set()
         self.connections: set[tuple[str, int]] = set()  # that carried a request
+        self.model_headers: dict[str, str] = {}  # of all responses: what the model needs
 
     @property
     def frames_asked(self) -> int:
@@ -153,6 +154,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
+        for name, value in self.server.model_headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 

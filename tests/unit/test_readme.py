@@ -28,7 +28,7 @@ COMMANDS_THAT_STAY = [
 # The sections with bash blocks, whose commands are run: those of make by test_demo.py and by CI, all others by
 # tests/integration/test_recipes.py.
 COMMANDS_THAT_ARE_RUN = {
-    "README.md": ["Quick start", "TorchServe batches", "The client batches"],
+    "README.md": ["Quick start", "TorchServe batches", "The client batches", "Several tasks on one camera"],
     "deploy/README.md": ["Several machines behind nginx"],
     "docs/cameras-and-outputs.md": ["Predictions on the terminal", "Before you stream: --check"],
     "docs/developing.md": ["The HTTP interface"],
