@@ -165,7 +165,7 @@ def test_several_models_are_drawn_together_and_old_predictions_with_their_age() 
     for at in (100.0, young, old):
         image = drawn({"a": (CAT, 100.0), "b": (CAT, at), "pose": ([PERSON], old)})
         assert count(image, YELLOW) > 300
-        rows = [image[8 + 32 * line : 36 + 32 * line] for line in range(4)]
+        rows = [image[20 + 32 * line : 30 + 32 * line] for line in range(4)]
         dark = [int((row.max(axis=2) < 40).any(axis=0).sum()) for row in rows]
         assert dark[0] > 50, "a line for each model"
         assert dark[2] > 50
