@@ -152,7 +152,7 @@ def test_limit_of_torchserve_is_kept(node: Node, stop: threading.Event, clip: li
     too_large = jpeg(np.random.default_rng(3).integers(0, 255, (3000, 4000, 3), np.uint8))
     assert len(too_large) > 6_553_500
     asked = predictions_asked(node)
-    options: dict[str, Any] = {"model": MODEL, "token_file": node.folder / "key_file.json", "server_wait_s": 60.0}
+    options: dict[str, Any] = {"model": [MODEL], "token_file": node.folder / "key_file.json", "server_wait_s": 60.0}
     with new_client(node.url, stop, client_batching=True, **options) as client:
         client.wait_until_ready()
         results = predict(client, frames([image] * 80), [Frame(CAMERA, 81, time.monotonic(), too_large)])
@@ -164,7 +164,7 @@ def test_limit_of_torchserve_is_kept(node: Node, stop: threading.Event, clip: li
 def test_bad_frames_of_a_batch_do_not_hide_the_good_ones(node: Node, stop: threading.Event, clip: list[Pixels]) -> None:
     """A frame that TorchServe can't decode fails alone. OpenCV never sends one, so the client is called directly."""
     sent = frames([jpeg(clip[0]), b"no image", jpeg(clip[2])])
-    options: dict[str, Any] = {"model": MODEL, "token_file": node.folder / "key_file.json", "server_wait_s": 60.0}
+    options: dict[str, Any] = {"model": [MODEL], "token_file": node.folder / "key_file.json", "server_wait_s": 60.0}
     with new_client(node.url, stop, client_batching=True, **options) as client:
         client.wait_until_ready()
         good, bad, other = predict(client, sent)

@@ -77,7 +77,7 @@ def test_demo_streams_both_ways(project: Path, scratch: Path) -> None:
     assert process.returncode == 0, printed
     (notice,) = [line for line in printed.splitlines() if "can't be downloaded" in line]
     assert notice.endswith("going on with efficientnet-lite0")
-    table = rf"(?m)^\S+sample_video\.mp4 +{FRAMES} +{FRAMES} +0 +0 +0 "  # captured and answered
+    table = rf"(?m)^\S+sample_video\.mp4 +\S+ +{FRAMES} +{FRAMES} +0 +0 +0 "  # captured and answered
     assert len(re.findall(table, printed)) == 2
     lines = [line for line in printed.splitlines() if line.startswith(("With", "{", "}", "[", "]", " "))]
     found = outputs("".join(f"{line}\n" for line in lines))

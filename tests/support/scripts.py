@@ -191,7 +191,8 @@ def running(
     command = [sys.executable, str(PROJECT / "request.py"), "--url", node.url, "--quiet"]
     command += ["--jsonl", str(folder / "out.jsonl")]
     if isinstance(node, Node):
-        command += ["--model", MODEL, "--token-file", str(node.folder / "key_file.json")]
+        command += ["--token-file", str(node.folder / "key_file.json")]
+        command += [] if "--model" in arguments else ["--model", MODEL]
     command += map(str, arguments)
     with (folder / "errors").open("w") as errors:
         variables = os.environ | (environment or {})
