@@ -1,14 +1,14 @@
-"""The handler that TorchServe runs for each batch of requests: frames in, answers out.
+"""The handler that TorchServe runs for each batch of requests: frames in, predictions out.
 
 It ships in the archive of create_mar_file.py with server/, the weights, the labels (index_to_name.json) and the
 settings (model-config.yaml). The body of a request is either
 
-- one frame: JPEG, PNG, WebP, BMP or GIF. The response is its answer, see server/tasks.py;
-- a JSON object of n frames, `{"0": base64, "1": base64, ...}`. The response is a list of n answers in the order sent,
-  with `{"error": "..."}` in the place of a frame that can't be read. For activity recognition the frames are a clip.
+- one frame: JPEG, PNG, WebP, BMP or GIF. The response is its prediction, see server/tasks.py;
+- a JSON object of n frames, `{"0": base64, "1": base64, ...}`. The response is a list of n predictions in the order
+  sent, with `{"error": "..."}` in the place of a frame that can't be read. For activity recognition it is a clip.
 
 A request without a frame that can be read gets status 400, one that is too much work 413, and `{"error": "..."}` on one
-line of ASCII. TorchServe batches requests without looking at them: a bad one must not cost the others their answers.
+line of ASCII. TorchServe batches requests without looking at them: a bad one must not affect the others.
 
 Written for Python 3.9, which TorchServe's own image has.
 """
@@ -46,9 +46,9 @@ METRICS = {
     "handler_decode_seconds": (MetricTypes.HISTOGRAM, "seconds", []),  # of preprocess()
     "handler_inference_seconds": (MetricTypes.HISTOGRAM, "seconds", []),  # of inference() and postprocess()
 }
-# In each response: the number of frames in the forward pass of the request's frames, or of its first ones.
+# Header of each response: how many frames shared the batch of the request's first frame.
 BATCH_HEADER = "X-Forward-Batch-Size"
-# What a client has to know of the model, in each response too: attributes of the task.
+# Headers of each response that describe the model: header -> attribute of the task.
 HEADERS = {
     "X-Model-Task": "name",
     "X-Model-Max-Frames": "max_request_frames",
@@ -103,7 +103,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             self.predict([Clip([Frame(blank)]) for _ in range(size)])
 
     # BaseHandler.handle() is replaced, because there a `describe` or `explain` header of one client costs the others of
-    # the batch their answers.
+    # the batch their predictions.
     def handle(self, data: list[dict[str, Any]], context: Context) -> list[Any]:
         """Respond to a batch of requests.
 
@@ -122,7 +122,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         return [self.build_response(request, index, context) for index, request in enumerate(requests)]
 
     def predict(self, clips: Sequence[Clip]) -> None:
-        """Run the three stages: each clip gets its answer, or its frames the reason why there is none."""
+        """Run the three stages: each clip gets its prediction, or its frames the reason why there is none."""
         start = time.monotonic()
         batch = self.preprocess(clips)
         self.record("handler_decode_seconds", time.monotonic() - start)
@@ -132,11 +132,11 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             clip.batch_size = batch_size
         if good:
             start = time.monotonic()
-            answers = self.postprocess(self.inference(batch))
+            predictions = self.postprocess(self.inference(batch))
             self.record("handler_inference_seconds", time.monotonic() - start)
             self.record("handler_frames_per_pass", batch_size)
-            for clip, answer in zip(good, answers):
-                clip.answer = answer
+            for clip, prediction in zip(good, predictions):
+                clip.prediction = prediction
 
     def preprocess(self, data: Sequence[Clip]) -> Any:
         """Decode the frames of clips; return a batch of the clips whose frames can all be read."""
@@ -165,7 +165,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             return self.model(data)
 
     def postprocess(self, data: Any) -> list[Any]:
-        """Return the answer of each clip from the network's output."""
+        """Return the prediction of each clip from the network's output."""
         return self.task.postprocess(data)
 
     def build_response(self, request: Request, index: int, context: Context) -> Any:

@@ -85,7 +85,7 @@ class Pipeline:
             client.drain()
 
     def should_send(self, frame: Frame, last: Frame) -> bool:
-        """Whether a frame is still to be sent: with the last frame. Otherwise put its result into the queue."""
+        """Return whether to send a frame; if not, put its result into the queue. last: the frame whose age counts."""
         if self.stop.is_set():
             self.results.put(Result.not_sent(frame, "dropped", "the run ended"))
             return False

@@ -1,5 +1,7 @@
 """The bounded buffers of the pipeline: frames that wait to be sent, results that wait for an earlier one."""
 
+from __future__ import annotations
+
 import math
 import threading
 import time
@@ -7,11 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from edge.cameras import Camera
-from edge.client import TorchServeClient
 from edge.frames import Frame, Result
 from edge.timing import Timing
+
+if TYPE_CHECKING:
+    from edge.client import TorchServeClient
 
 MAX_WAITING_FRAMES = 4  # of each camera, at least a request: enough for a short delay, and they are still fresh
 REORDER_WINDOW = 4  # A camera may be ahead of its oldest missing result by so many times the frames in flight.
@@ -137,8 +142,9 @@ class ClipBuffer(FrameBuffer):
                 break
             clip.append(frame)
         is_whole = len(clip) == max_frames or len(clip) < len(self._queues[camera])
-        has_ended = camera not in self._open or self._stop.is_set()
-        if clip and not is_whole and not has_ended and time.monotonic() - clip[-1].captured_at <= pause_s:
+        may_grow = bool(clip) and not is_whole and camera in self._open and not self._stop.is_set()
+        # A file does not pause: it waits for the slowest of its models.
+        if may_grow and (clip[-1].position_s is not None or time.monotonic() - clip[-1].captured_at <= pause_s):
             return []
         return clip if len(clip) <= self._available_of(camera) else []
 
@@ -163,7 +169,8 @@ def new_buffer(
 ) -> FrameBuffer:
     """Return the buffer of a client's model."""
     frames = client.frames_per_request
-    window = REORDER_WINDOW * client.max_in_flight * frames
+    max_frames, window = max(MAX_WAITING_FRAMES, frames), REORDER_WINDOW * client.max_in_flight * frames
+    if client.info.clip_frames > 1:  # A clip is as old as its last frame.
+        return ClipBuffer(max_frames, cameras, window, stop, timing)
     timing = replace(timing, batch_wait_s=min(timing.batch_wait_s, max_age_s / 2))
-    kind = ClipBuffer if client.info.clip_frames > 1 else FrameBuffer
-    return kind(max(MAX_WAITING_FRAMES, frames), cameras, window, stop, timing)
+    return FrameBuffer(max_frames, cameras, window, stop, timing)

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 from edge.cameras import Camera
 from edge.client import MAX_BODY_BYTES, TEST_CAMERA, TEST_IMAGE, TorchServeClient, json_size, open_clients
+from edge.drawing import labels_of
 from edge.errors import ServerError, SourceError
-from edge.frames import Frame, Prediction, Result
+from edge.frames import Frame, Result
 from edge.options import Options
+from edge.responses import one_line
 from edge.timing import Timing
 
 ROUNDS = 5
@@ -51,7 +53,7 @@ def check_model(client: TorchServeClient, image: bytes, url: str) -> None:
     info, frames = client.info, client.frames_per_request
     (first, *_) = predict(client, image, 1, info.clip_frames)
     clip = f", clips of {info.clip_frames} frames at {info.frame_rate:g} frames/s" if info.clip_frames > 1 else ""
-    print(f"ok    model {client.model}: {info.task}{clip}: {shown(first.predictions)}", flush=True)
+    print(f"ok    model {client.model}: {info.task}{clip}: {one_line(labels_of(first)[0])}", flush=True)
 
     latencies = [predict(client, image, 1, info.clip_frames)[-1].latency_s or 0.0 for _ in range(ROUNDS)]
     what = f"a clip of {info.clip_frames} frames" if info.clip_frames > 1 else "a single frame"
@@ -69,16 +71,8 @@ def check_model(client: TorchServeClient, image: bytes, url: str) -> None:
 
     fitting = (MAX_BODY_BYTES - json_size([])) // (json_size([image]) - json_size([]))
     fitting = max(1, min(fitting, info.max_frames))
-    print(f"ok    request limit: {MAX_BODY_BYTES:,} bytes, a JSON batch of {fitting} such frames", flush=True)
-
-
-def shown(predictions: Prediction | None) -> str:
-    """Return the first label with its probability, or the number of persons."""
-    if isinstance(predictions, dict):
-        label, probability = max(predictions.items(), key=lambda item: item[1])
-        return f"{label} {probability:.2f}"
-    count = len(predictions or [])
-    return f"{count} person{'' if count == 1 else 's'}"
+    smaller = ", larger clips are sent with half the width and height" if fitting < info.clip_frames else ""
+    print(f"ok    request limit: {MAX_BODY_BYTES:,} bytes, a JSON batch of {fitting} such frames{smaller}", flush=True)
 
 
 def predict(client: TorchServeClient, image: bytes, count: int, frames_per_request: int) -> list[Result]:

@@ -101,19 +101,18 @@ class TorchServeClient:
         self._session.retry_timeout_s = min(self._options.server_wait_s, self._options.max_age_s)
         self._session.retry_auth_errors = True
 
-    def learn_model(self) -> Result:
+    def learn_model(self) -> None:
         """Send a test image; learn from the response what the model is, and how slow. Raises ServerError."""
-        timeouts = (self._timing.connect_s, max(self._timeouts(1)[1], self._timing.first_response_s))
-        image = {"data": TEST_IMAGE, "headers": {"Content-Type": "image/jpeg"}}
-        response = self._result(self._pool.post(self._url, **image, timeout=timeouts))
+        is_json, timing = self.is_json, self._timing
+        timeouts = (timing.connect_s, max(self._timeouts(1)[1], timing.first_response_s))
+        response = self._result(self._pool.post(self._url, **self._payload([TEST_IMAGE]), timeout=timeouts))
         self.info = ModelInfo.of(response)
         frame = Frame(TEST_CAMERA, 1, time.monotonic(), TEST_IMAGE)
-        (result,) = responses.parse_response(response, [frame], False, self.info.task)
+        (result,) = responses.parse_response(response, [frame], is_json, self.info.task)
         if result.outcome != "answered":
             raise ServerError(f"{self._url} has no prediction for a test image: {result.error}")
-        slow_s = LOAD_FACTOR * response.elapsed.total_seconds() / self.info.clip_frames
-        self._frame_s = min(slow_s, self._timing.max_response_per_frame_s)
-        return result
+        if (elapsed_s := response.elapsed.total_seconds()) > timing.slow_s:
+            self._frame_s = min(LOAD_FACTOR * elapsed_s / self.info.clip_frames, timing.max_response_per_frame_s)
 
     def connect(self) -> None:
         """Wait until the server responds. Raises ServerError if it does not, or does not accept token or model."""
@@ -134,8 +133,12 @@ class TorchServeClient:
 
     def _result(self, future: "Future[requests.Response]") -> requests.Response:
         """Wait for a response. Raises ServerError if there is none, or if `stop` is set."""
+        report_at = time.monotonic() + self._timing.min_response_s
         while not future.done() and not self._stop.is_set():
             wait([future], timeout=self._timing.poll_s)
+            if time.monotonic() > report_at:
+                log.warning("waiting for the first response of %s", self._url)
+                report_at = math.inf
         if self._stop.is_set():
             raise ServerError(f"interrupted while waiting for {self._options.url}")
         try:
@@ -229,14 +232,14 @@ class TorchServeClient:
 
 @contextmanager
 def open_clients(options: Options, stop: threading.Event, timing: Timing) -> Iterator[list[TorchServeClient]]:
-    """Return a client for each model; they share the token."""
+    """Yield a client for each model, and close them at the end. They share the token."""
     token = BearerToken(options.token_file, options.management_url, timing)
     with ExitStack() as clients:
         yield [clients.enter_context(TorchServeClient(model, token, options, stop, timing)) for model in options.model]
 
 
 def half_size(jpeg: bytes) -> bytes:
-    """Return a JPEG with half the width and height."""
+    """Return a JPEG with half the width and height, in OpenCV's quality of 95."""
     pixels: Any = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_REDUCED_COLOR_2)
     return cv2.imencode(".jpg", pixels)[1].tobytes()
 

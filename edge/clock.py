@@ -4,6 +4,9 @@ import math
 from collections import deque
 
 MAX_BUFFERED_S = 5.0  # of video, that FFmpeg reads while it opens a stream
+# Of an interval: frames of a camera never arrive at regular times. With 0.5 every second frame of a camera of twice the
+# rate would be just at the limit.
+TOLERANCE = 0.4
 CLOCK_DRIFT = 0.001  # A camera's clock is more exact, about 0.0001.
 
 
@@ -53,21 +56,22 @@ class StreamClock:
 
 
 class Sampler:
-    """Chooses frames at a lower rate than theirs, of one frame in `interval_s` seconds; 0 chooses all."""
+    """Chooses one frame in each `interval_s` seconds; with 0 all frames."""
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s, self._due = interval_s, -math.inf
+        self._time_s = math.nan  # of the last frame
 
     def restart(self, time_s: float) -> None:
         """Count the intervals from a frame."""
         self._due = time_s + self._interval_s
 
     def is_due(self, time_s: float) -> bool:
-        """Whether to choose the frame of this time. It may go back, as a file does that is repeated."""
-        if time_s < self._due - 2 * self._interval_s:
+        """Return whether to choose the frame of this time."""
+        if time_s < self._due - 2 * self._interval_s or time_s == self._time_s:  # A file is repeated, or has one image.
             self._due = time_s
-        # Half an interval of tolerance: frames of a camera never arrive at regular times.
-        if time_s < self._due - self._interval_s / 2:
+        self._time_s = time_s
+        if time_s < self._due - TOLERANCE * self._interval_s:
             return False
         self._due = (self._due if time_s < self._due + self._interval_s else time_s) + self._interval_s
         return True

@@ -21,13 +21,16 @@ SKELETON += [(f"{side}_{joint}", f"{side}_{other}") for side in SIDES for joint,
 
 
 def annotate(frame: Frame, latest: Mapping[str, Result]) -> Any:
-    """Return a frame's image, (height, width, 3) uint8 BGR, with the latest result of each model drawn on it."""
+    """Return the image of a frame, with the latest result of each model drawn on it: (height, width, 3) uint8 BGR.
+
+    A result may be that of an earlier frame. The frame must have its JPEG.
+    """
     image: Any = cv2.imdecode(np.frombuffer(frame.jpeg, np.uint8), cv2.IMREAD_COLOR)
     lines: list[str] = []
     for model, result in latest.items():
-        age_s = frame.captured_at - result.frame.captured_at
+        age_s = frame.time_s - result.frame.time_s
         age = f" ({age_s:.1f} s ago)" if age_s > MAX_AGE_S else ""
-        labels = [f"{label}{age}" for label in texts(result)]
+        labels = [f"{label}{age}" for label in labels_of(result)]
         lines += [f"{model}: {labels[0]}"] if len(latest) > 1 else labels
         if isinstance(result.predictions, list):
             draw_persons(image, result.predictions)
@@ -35,7 +38,7 @@ def annotate(frame: Frame, latest: Mapping[str, Result]) -> Any:
     return image
 
 
-def texts(result: Result) -> list[str]:
+def labels_of(result: Result) -> list[str]:
     """Return the most probable labels of a result, the number of persons, or the error."""
     if result.predictions is None:
         return [f"{result.outcome}: {result.error}"]

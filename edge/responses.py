@@ -44,7 +44,7 @@ class ModelInfo:
 
     @classmethod
     def of(cls, response: requests.Response) -> "ModelInfo":
-        """Return what a response states; nothing else is trusted to be in its headers."""
+        """Return what a response states. Values that no model can need are replaced by the defaults."""
 
         def number(name: str, default: float) -> float:
             text = response.headers.get(f"X-Model-{name}", "")
@@ -54,7 +54,8 @@ class ModelInfo:
         batch_size, max_frames = [min(max(limit, 1), MAX_REQUEST_FRAMES) for limit in limits]
         clip_frames, frame_rate = min(int(number("Clip-Frames", 1)), max_frames), number("Frame-Rate", 0)
         clip = (clip_frames, frame_rate) if clip_frames > 1 and frame_rate > 0 else (1, 0.0)
-        return cls(response.headers.get("X-Model-Task", cls.task), batch_size, max_frames, *clip)
+        task = response.headers.get("X-Model-Task", "")
+        return cls(task if re.fullmatch("[a-z-]{1,40}", task) else cls.task, batch_size, max_frames, *clip)
 
 
 def parse_response(

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,10 @@ def new_writer(path: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWriter
 class Video(Output):
     """Writes the annotated video of one camera, in the size of its first frame. Raises OutputError if it can't.
 
-    A frame is shown when the first model has responded to it, with the latest results of all models. Frames that were
-    sent to no model are replaced by the frame before them. A frame of a file gets the time that it has in the file: the
-    frame before it is repeated until then. A live source is written at the rate that it states, see live_repeats().
+    A frame is shown when the first model has responded to it, with the latest results of the others, or, if the camera
+    drops nothing, when all have. Frames that were sent to no model are replaced by the frame before them. A frame of a
+    file gets the time that it has in the file: the frame before it is repeated until then. A live source is written at
+    the rate that it states, see live_repeats().
     """
 
     def __init__(self, path: Path, camera: Camera, models: Sequence[str]) -> None:
@@ -77,9 +79,10 @@ class Video(Output):
         self._position_s = 0.0  # of a file: that of the last frame
         self._passes_s = 0.0  # of a file that is repeated: the seconds before its last begin
         self._numbers = dict.fromkeys(models, 0)  # of the last frame of each model
+        self._results: dict[str, deque[Result]] = {model: deque() for model in models}  # of frames not shown yet
+        self._latest: dict[str, Result] = {}  # of each model, up to the frame that is shown
+        self._frames: dict[int, Frame] = {}  # that are not shown yet; without an image if no model got it so far
         self._number = 0  # of the last frame that was shown
-        self._latest: dict[str, Result] = {}  # of each model
-        self._unsent: dict[int, Frame] = {}  # frames that a model did not get, and no model so far
 
     def write(self, result: Result) -> None:
         frame = result.frame
@@ -87,21 +90,22 @@ class Video(Output):
             return
         self._numbers[frame.model] = frame.number
         if frame.jpeg:
-            self._latest[frame.model] = result
-        if frame.jpeg and frame.number > self._number:
-            self._show_unsent(frame.number - 1)
-            latest = {model: self._latest[model] for model in self._numbers if model in self._latest}
-            self._show(frame, annotate(frame, latest))
-        elif not frame.jpeg:
-            self._unsent[frame.number] = frame
-        self._show_unsent(min(self._numbers.values()))
+            self._results[frame.model].append(result)
+        if frame.number > self._number and (frame.jpeg or frame.number not in self._frames):
+            self._frames[frame.number] = frame
+        # A camera that drops nothing waits for its slowest model, so the video can wait too.
+        is_due = frame.jpeg and frame.camera.drop_policy != "none"
+        self._show_until(frame.number if is_due else min(self._numbers.values()))
 
-    def _show_unsent(self, last: float) -> None:
-        """Show the frames up to number `last` that were sent to no model. Another model may still bring later ones."""
-        for number in sorted(each for each in self._unsent if each <= last):
-            frame = self._unsent.pop(number)
-            if number > self._number:
-                self._show(frame, self._last_image)
+    def _show_until(self, last: float) -> None:
+        """Show the frames up to number `last`, each with the latest result of each model for it or a frame before."""
+        for number in sorted(each for each in self._frames if each <= last):
+            frame = self._frames.pop(number)
+            for model, results in self._results.items():
+                while results and results[0].frame.number <= number:
+                    self._latest[model] = results.popleft()
+            latest = {model: self._latest[model] for model in self._numbers if model in self._latest}
+            self._show(frame, annotate(frame, latest) if frame.jpeg else self._last_image)
 
     def _show(self, frame: Frame, image: Any) -> None:
         """Write an image at the time of a frame."""
@@ -144,7 +148,7 @@ class Video(Output):
     def close(self) -> None:
         """Complete the file. Raises OSError if it does not have all its frames."""
         try:
-            self._show_unsent(math.inf)
+            self._show_until(math.inf)
         finally:
             self._complete()
 

@@ -1,1 +1,1 @@
-"""What handler.py needs. It ships in the archive with it, and is written for Python 3.9 as it is."""
+"""What handler.py needs. It ships in the archive, and runs with Python 3.9."""

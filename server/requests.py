@@ -24,10 +24,10 @@ class Frame:
 
 @dataclass
 class Clip:
-    """Frames that get one answer together. batch_size: the number of all frames that shared their batch."""
+    """Frames that get one prediction together. batch_size: the number of all frames that shared their batch."""
 
     frames: Sequence[Frame]
-    answer: Any = None
+    prediction: Any = None
     batch_size: int = 0
 
     @property
@@ -36,15 +36,15 @@ class Clip:
         return next((frame.error for frame in self.frames if frame.error), "")
 
     def results(self) -> list[Any]:
-        """Return the answer, or the error, of each frame."""
+        """Return the prediction, or the error, of each frame."""
         if not self.error:
-            return [self.answer] * len(self.frames)
+            return [self.prediction] * len(self.frames)
         return [{"error": frame.error or f"a frame of its clip can't be read: {self.error}"} for frame in self.frames]
 
 
 @dataclass
 class Rejection:
-    """Why a request gets no answers: an HTTP status, and the reason in one line."""
+    """Why a request gets no predictions: an HTTP status, and the reason in one line."""
 
     status: int
     reason: str
@@ -59,16 +59,19 @@ class Request:
     rejection: Rejection | None = None
 
     def response(self) -> Any:
-        """Return the answers of the frames as they are sent, or a Rejection."""
-        errors = [clip.error for clip in self.clips if clip.error]
-        results = [result for clip in self.clips for result in clip.results()]
+        """Return the predictions of the frames as they are sent, or a Rejection."""
         if self.rejection:
             return self.rejection
-        if len(errors) < len(self.clips):
+        results = [result for clip in self.clips for result in clip.results()]
+        errors = [frame.error for clip in self.clips for frame in clip.frames if frame.error]
+        if not all(clip.error for clip in self.clips):
             return results if self.is_batch else results[0]
-        if self.is_batch:
+        if not self.is_batch:
+            return Rejection(400, errors[0])
+        if len(errors) == len(results):
             return Rejection(400, f"none of {len(results)} frames can be read; the first: {errors[0]}")
-        return Rejection(400, errors[0])
+        reason = f"{len(errors)} of {len(results)} frames can't be read, and a clip needs all of its frames"
+        return Rejection(400, f"{reason}; the first: {errors[0]}")
 
 
 def parse_request(row: dict[str, Any], headers: dict[str, Any], clip_frames: int, max_frames: int) -> Request:

@@ -1,6 +1,6 @@
-"""The three tasks: a decoded frame becomes a tensor, tensors a batch, and the output of the network answers.
+"""The three tasks: a decoded frame becomes a tensor, tensors become a batch, the network's output becomes predictions.
 
-A task works on clips: frames that get one answer together. A frame of an image task is a clip of its own.
+A task works on clips: frames that get one prediction together. A frame of an image task is a clip of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 
 class ImageClassification:
-    """Answers label -> probability of the most probable classes, the most probable first."""
+    """Predicts label -> probability of the most probable classes, the most probable first."""
 
     name = "image-classification"
     clip_frames = 1
@@ -56,14 +56,14 @@ class ImageClassification:
         return self.normalize(batch).to(dtype, memory_format=self.memory_format)
 
     def postprocess(self, outputs: Any) -> list[Any]:
-        """Return the answer of each clip of a batch."""
+        """Return the prediction of each clip of a batch."""
         probabilities, classes = outputs.float().softmax(dim=1).topk(self.top_k)
         pairs = zip(classes.tolist(), probabilities.tolist())
         return [{self.labels[index]: value for index, value in zip(*pair)} for pair in pairs]
 
 
 class ActivityRecognition(ImageClassification):
-    """Answers label -> probability of a clip: frames that follow each other at `frame_rate`."""
+    """Predicts label -> probability of a clip: frames that follow each other at `frame_rate`."""
 
     name = "activity-recognition"
     clip_frames = 16  # of R3D-18's training, as is the rate
@@ -87,7 +87,7 @@ class ActivityRecognition(ImageClassification):
 
 
 class BySize(torch.nn.Module):
-    """Runs a network once for each size of frames: padded to the same size, they would change each other's answers."""
+    """Runs a network once for each size of frames: padded to one size, they would change each other's predictions."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class BySize(torch.nn.Module):
 
 
 class PoseEstimation:
-    """Answers a list of persons, the best first: score, box and keypoints, in pixels of the frame."""
+    """Predicts a list of persons, the best first: score, box and keypoints [x, y, score], in pixels of the frame."""
 
     name = "pose-estimation"
     clip_frames = 1
@@ -122,7 +122,7 @@ class PoseEstimation:
         return BySize(network)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Return an RGB image as (3, height, width) uint8. The network itself resizes it, and its answers back."""
+        """Return an RGB image as (3, height, width) uint8. The network itself resizes it, and its predictions back."""
         frame: torch.Tensor = v2.functional.pil_to_tensor(image)
         return frame
 
