@@ -1,5 +1,6 @@
 """The TorchServe nodes that several modules ask. Each is started once, see SERVERS in tests/conftest.py."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,26 @@ def gathering_node(tmp_path_factory: pytest.TempPathFactory, archives: Archives)
     one_slow_worker = '"minWorkers": 1, "maxWorkers": 1, "maxBatchDelay": 60000'
     assert '"maxBatchDelay": 5' in config
     with torchserve(folder, ["resnet-18"], config.replace('"maxBatchDelay": 5', one_slow_worker)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tasks_node(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[Node]:
+    """Pose estimation and activity recognition on one worker each; and again, as gathering-..., waiting for requests.
+
+    Their networks see small frames, see TINY.
+    """
+    folder = tmp_path_factory.mktemp("tasks")
+    models = {}
+    for model in ("keypointrcnn-resnet50-fpn", "r3d-18"):
+        archives.store(folder, archives.build(model, is_tiny=True))
+        archive = folder / "model_store" / f"{model}.mar"
+        archive.with_name(f"gathering-{archive.name}").hardlink_to(archive)
+        for name, delay_ms in ((model, 1), (f"gathering-{model}", 60_000)):
+            models[name] = {"1.0": {"marName": f"{name}.mar", "batchSize": 4, "maxBatchDelay": delay_ms}}
+    config = (PROJECT / "config.properties").read_text()
+    config += f"\ndefault_workers_per_model=1\nmodels={json.dumps(models)}\n"
+    with torchserve(folder, list(models), config) as running:
         yield running
 
 
