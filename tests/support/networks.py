@@ -49,10 +49,10 @@ def random_keypoint_rcnn(**sizes: int) -> torch.nn.Module:
     for name, values in network.state_dict().items():
         if name.endswith("running_var"):
             values.uniform_(0.9, 1.1)
-    scores = network.get_submodule("roi_heads.box_predictor.cls_score")
-    scores.weight.data[1] -= 0.003
-    scores.weight.data *= 40
-    scores.bias.data += torch.tensor([3.2, 0])
+    weight = network.get_parameter("roi_heads.box_predictor.cls_score.weight")
+    weight.data[1] -= 0.003
+    weight.data *= 40
+    network.get_parameter("roi_heads.box_predictor.cls_score.bias").data += torch.tensor([3.2, 0])
     return network.eval()
 
 
