@@ -66,9 +66,8 @@ class Request:
             return self.rejection
         if len(errors) < len(self.clips):
             return results if self.is_batch else results[0]
-        if self.is_batch:
-            return Rejection(400, f"none of {len(results)} frames can be read; the first: {errors[0]}")
-        return Rejection(400, errors[0])
+        which = f"none of {len(results)} frames can be read; the first: " if self.is_batch else ""
+        return Rejection(400, which + errors[0])
 
 
 def parse_request(row: dict[str, Any], headers: dict[str, Any], clip_frames: int, max_frames: int) -> Request:
@@ -79,11 +78,8 @@ def parse_request(row: dict[str, Any], headers: dict[str, Any], clip_frames: int
     body = row.get("data", row.get("body"))
     if "True" in (headers.get("explain"), headers.get("describe")):
         return Request(rejection=Rejection(400, "not explained: there are predictions only"))
-    if isinstance(body, dict) and body:
-        files = list(body.values())
-    elif isinstance(body, (bytes, bytearray)):
-        files = [body]
-    else:
+    files = list(body.values()) if isinstance(body, dict) else [body]
+    if not files or not isinstance(body, (dict, bytes, bytearray)):
         return Request(rejection=Rejection(400, NO_FRAMES))
     if len(files) > max_frames:
         reason = f"too many frames: {len(files)}, expected at most {max_frames} in a request"
