@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,8 @@ from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 from ts.utils.util import load_label_mapping
 
+# TorchServe looks on its PYTHONPATH first, where there may be another `server` than the archive's.
+sys.path.insert(0, str(Path(__file__).parent))
 from server.images import PILLOW_BLOCK_BYTES, open_image, to_rgb
 from server.models import MODELS, load_network
 from server.requests import Clip, Frame, Rejection, Request, parse_request

@@ -20,13 +20,13 @@ EPS = 1e-5  # of torch.nn.BatchNorm2d
 class Model:
     """A network and its task.
 
-    build: returns the untrained network for a number of labels.
+    build: returns the untrained network for a number of labels, which is passed as num_classes.
     weights: torchvision's trained weights, with their labels and their preprocessing.
     has_own_weights: the weights come from elsewhere; labels and preprocessing are those of `weights`.
     """
 
     task: str
-    build: Callable[[int], torch.nn.Module]
+    build: Callable[..., torch.nn.Module]
     weights: Any
     has_own_weights: bool = False
 
@@ -37,21 +37,18 @@ class Model:
         return [label.replace(" ", "_") for label in meta.get("keypoint_names") or meta["categories"]]
 
 
-def efficientnet_lite0(classes: int) -> torch.nn.Module:
+def efficientnet_lite0(num_classes: int) -> torch.nn.Module:
     # Imported here, because a server of the other models does not need this package.
     from efficientnet_lite_pytorch import EfficientNet
 
-    network: torch.nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=classes)
+    network: torch.nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
     return network
 
 
-def keypoint_rcnn(keypoints: int) -> torch.nn.Module:
-    """Return torchvision's keypointrcnn_resnet50_fpn as it is with its trained weights.
-
-    torchvision itself builds it so only if it may download weights.
-    """
+def keypoint_rcnn(num_classes: int) -> torch.nn.Module:
+    """Return torchvision's keypointrcnn_resnet50_fpn as torchvision builds it for its trained weights."""
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
-    network: torch.nn.Module = KeypointRCNN(backbone, num_classes=2, num_keypoints=keypoints)
+    network: torch.nn.Module = KeypointRCNN(backbone, num_classes=2, num_keypoints=num_classes)
     for module in network.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.eps = 0.0
@@ -59,20 +56,18 @@ def keypoint_rcnn(keypoints: int) -> torch.nn.Module:
 
 
 MODELS = {
-    "resnet-18": Model(
-        "image-classification", lambda classes: resnet18(num_classes=classes), ResNet18_Weights.IMAGENET1K_V1
-    ),
+    "resnet-18": Model("image-classification", resnet18, ResNet18_Weights.IMAGENET1K_V1),
     "efficientnet-lite0": Model(
         "image-classification", efficientnet_lite0, ResNet18_Weights.IMAGENET1K_V1, has_own_weights=True
     ),
     "keypointrcnn-resnet50-fpn": Model("pose-estimation", keypoint_rcnn, KeypointRCNN_ResNet50_FPN_Weights.COCO_V1),
-    "r3d-18": Model("activity-recognition", lambda classes: r3d_18(num_classes=classes), R3D_18_Weights.KINETICS400_V1),
+    "r3d-18": Model("activity-recognition", r3d_18, R3D_18_Weights.KINETICS400_V1),
 }
 
 
 def load_network(name: str, state: Mapping[str, torch.Tensor], labels: int) -> torch.nn.Module:
     """Return a network for so many labels, with a state dict in it. Raises RuntimeError if the two don't fit."""
-    network = MODELS[name].build(labels)
+    network = MODELS[name].build(num_classes=labels)
     # A trained batch normalization counts its batches, and adds eps to the variance. A frozen one does neither.
     counters = {key for key in state.keys() - network.state_dict().keys() if key.endswith("num_batches_tracked")}
     variances = {key.replace("num_batches_tracked", "running_var") for key in counters}

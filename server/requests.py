@@ -68,10 +68,10 @@ class Request:
             return results if self.is_batch else results[0]
         if not self.is_batch:
             return Rejection(400, errors[0])
+        unread = f"{len(errors)} of {len(results)} frames can't be read, and a clip needs all of its frames"
         if len(errors) == len(results):
-            return Rejection(400, f"none of {len(results)} frames can be read; the first: {errors[0]}")
-        reason = f"{len(errors)} of {len(results)} frames can't be read, and a clip needs all of its frames"
-        return Rejection(400, f"{reason}; the first: {errors[0]}")
+            unread = f"none of {len(results)} frames can be read"
+        return Rejection(400, f"{unread}; the first: {errors[0]}")
 
 
 def parse_request(row: dict[str, Any], headers: dict[str, Any], clip_frames: int, max_frames: int) -> Request:
@@ -82,11 +82,8 @@ def parse_request(row: dict[str, Any], headers: dict[str, Any], clip_frames: int
     body = row.get("data", row.get("body"))
     if "True" in (headers.get("explain"), headers.get("describe")):
         return Request(rejection=Rejection(400, "not explained: there are predictions only"))
-    if isinstance(body, dict) and body:
-        files = list(body.values())
-    elif isinstance(body, (bytes, bytearray)):
-        files = [body]
-    else:
+    files = list(body.values()) if isinstance(body, dict) else [body]
+    if not files or not isinstance(body, (dict, bytes, bytearray)):
         return Request(rejection=Rejection(400, NO_FRAMES))
     if len(files) > max_frames:
         reason = f"too many frames: {len(files)}, expected at most {max_frames} in a request"

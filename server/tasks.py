@@ -128,8 +128,7 @@ class PoseEstimation:
 
     def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, dtype: torch.dtype) -> Any:
         """Return the list of frames, which may have different sizes."""
-        frames = [frame for clip in clips for frame in clip]
-        return [v2.functional.to_dtype(frame.to(device), dtype, scale=True) for frame in frames]
+        return [v2.functional.to_dtype(frame.to(device), dtype, scale=True) for clip in clips for frame in clip]
 
     def postprocess(self, outputs: Any) -> list[Any]:
         """Return the persons of each frame."""

@@ -15,7 +15,7 @@ from tests.support.frames import CLIP, Pixels, frames_of, small, write_video
 
 # A test that uses one of these servers runs in the process of pytest-xdist that has it, after the others that use it:
 # it is started once, and none of them sees another one's requests.
-SERVERS = ("node", "gathering_node", "cluster", "site", "short_tokens")
+SERVERS = ("node", "gathering_node", "tasks_node", "cluster", "site", "short_tokens")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

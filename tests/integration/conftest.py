@@ -1,5 +1,6 @@
 """The TorchServe nodes that several modules ask. Each is started once, see SERVERS in tests/conftest.py."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,30 @@ def gathering_node(tmp_path_factory: pytest.TempPathFactory, archives: Archives)
     one_slow_worker = '"minWorkers": 1, "maxWorkers": 1, "maxBatchDelay": 60000'
     assert '"maxBatchDelay": 5' in config
     with torchserve(folder, ["resnet-18"], config.replace('"maxBatchDelay": 5', one_slow_worker)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tasks_node(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[Node]:
+    """A model of each task, on one worker each. Their networks see small frames, see TINY.
+
+    Those of pose estimation and activity recognition are there again as gathering-..., which waits a minute for four
+    requests.
+    """
+    folder = tmp_path_factory.mktemp("tasks")
+    models = {}
+    for model in ("efficientnet-lite0", "keypointrcnn-resnet50-fpn", "r3d-18"):
+        archive = archives.build(model, is_tiny=True)
+        archives.store(folder, archive)
+        models[model] = {"1.0": {"marName": archive.name, "batchSize": 4, "maxBatchDelay": 1}}
+        if model != "efficientnet-lite0":
+            stored = folder / "model_store" / archive.name
+            stored.with_name(f"gathering-{archive.name}").hardlink_to(stored)
+            gathering = {"marName": f"gathering-{archive.name}", "batchSize": 4, "maxBatchDelay": 60_000}
+            models[f"gathering-{model}"] = {"1.0": gathering}
+    config = (PROJECT / "config.properties").read_text()
+    config += f"\ndefault_workers_per_model=1\nmodels={json.dumps(models)}\n"
+    with torchserve(folder, list(models), config) as running:
         yield running
 
 

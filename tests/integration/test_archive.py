@@ -15,9 +15,12 @@ import torch
 import yaml
 
 import create_mar_file
-from demo.node import free_ports
+from demo.node import PROJECT, free_ports
 from server.models import MODELS
 from tests.support.archives import Archives
+from tests.support.frames import Pixels, jpeg
+from tests.support.in_process import Model
+from tests.support.networks import random_r3d18
 from tests.support.scripts import run
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -57,6 +60,66 @@ def test_archive_holds_what_the_answers_depend_on(archives: Archives, weights: P
     assert all(torch.equal(archived[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("model", list(MODELS))
+def test_archive_holds_exactly_these_files(archives: Archives, model: str) -> None:
+    with zipfile.ZipFile(archives.build(model)) as mar:
+        names = {name for name in mar.namelist() if not name.endswith("/")}
+    code = {f"server/{path.name}" for path in (PROJECT / "server").glob("*.py")}
+    assert len(code) == 5
+    settings = {"index_to_name.json", "model-config.yaml", "MAR-INF/MANIFEST.json"}
+    assert names == {"handler.py", f"{model}.pth"} | settings | code
+
+
+def test_pose_archive_has_min_score_the_sizes_of_training_and_time(archives: Archives) -> None:
+    with zipfile.ZipFile(archives.build("keypointrcnn-resnet50-fpn")) as mar:
+        config = yaml.safe_load(mar.read("model-config.yaml"))
+        keypoints = json.loads(mar.read("index_to_name.json"))
+    assert config == {
+        "responseTimeout": 600,
+        "handler": {
+            "network": "keypointrcnn-resnet50-fpn",
+            "threads": 1,
+            "precision": "fp32",
+            "min_score": 0.7,
+            "preprocessing": {"min_size": 800, "max_size": 1333},
+        },
+    }
+    assert len(keypoints) == 17
+    assert [keypoints["0"], keypoints["16"]] == ["nose", "right_ankle"]
+
+
+def test_activity_archive_has_the_preprocessing_of_videos(archives: Archives) -> None:
+    with zipfile.ZipFile(archives.build("r3d-18")) as mar:
+        config = yaml.safe_load(mar.read("model-config.yaml"))
+        labels = json.loads(mar.read("index_to_name.json"))
+    assert config == {
+        "handler": {
+            "network": "r3d-18",
+            "top_k": 5,
+            "threads": 1,
+            "precision": "fp32",
+            "preprocessing": {
+                "resize": [128, 171],
+                "crop": [112, 112],
+                "interpolation": "bilinear",
+                "mean": [0.43216, 0.394666, 0.37645],
+                "std": [0.22803, 0.22145, 0.216989],
+            },
+        }
+    }
+    assert len(labels) == 400
+    assert not any(" " in label for label in labels.values())
+
+
+def test_activities_of_ones_own(tmp_path: Path, archives: Archives, clip: list[Pixels]) -> None:
+    torch.save(random_r3d18(3).state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "labels.txt").write_text("walking\nrunning\nstanding still\n")
+    archive = archives.build("r3d-18", "--weights", tmp_path / "weights.pth", "--labels", tmp_path / "labels.txt")
+    [answer] = Model(archive, batch_size=1).answers([jpeg(clip[0])])
+    assert answer.keys() == {"walking", "running", "standing still"}
+    assert sum(answer.values()) == pytest.approx(1)
+
+
 def test_client_batching_archive_has_torchserve_not_wait(archives: Archives) -> None:
     with zipfile.ZipFile(archives.build("efficientnet-lite0", "--client-batching")) as mar:
         config = yaml.safe_load(mar.read("model-config.yaml"))
@@ -88,9 +151,22 @@ def test_new_archive_takes_the_place_of_the_old_one_at_once(tmp_path: Path, weig
     assert (others / "precious").exists()
 
 
-@pytest.mark.parametrize("network", ["refused", "silent"])
+@pytest.mark.parametrize(
+    ("network", "model", "file"),
+    [
+        ("refused", "resnet-18", "resnet18-f37072fd.pth"),
+        ("silent", "resnet-18", "resnet18-f37072fd.pth"),
+        ("refused", "keypointrcnn-resnet50-fpn", "keypointrcnn_resnet50_fpn_coco-fc266e95.pth"),
+        ("refused", "r3d-18", "r3d_18-b3b3357e.pth"),
+    ],
+)
 def test_unreachable_download_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], network: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    network: str,
+    model: str,
+    file: str,
 ) -> None:
     """A silent network is given up after DOWNLOAD_TIMEOUT_S, long before the test's own timeout."""
     with socket.socket() as server:
@@ -103,13 +179,12 @@ def test_unreachable_download_says_what_to_do(
             monkeypatch.setenv(name.upper(), value)
         monkeypatch.setattr("urllib.request._opener", None)  # It keeps the proxy of the first download.
         begin = time.monotonic()
-        assert create_mar_file.main([]) == 3
+        assert create_mar_file.main(["--model", model]) == 3
         if network == "silent":
             assert time.monotonic() - begin >= create_mar_file.DOWNLOAD_TIMEOUT_S
     error = capsys.readouterr().err.splitlines()[-1]
-    assert MODELS["resnet-18"].weights.url in error
-    assert str(tmp_path / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth") in error
-    assert "--weights FILE" in error
+    assert f"can't download https://download.pytorch.org/models/{file} (" in error
+    assert f"Copy that file to {tmp_path / 'torch' / 'hub' / 'checkpoints' / file}, or pass --weights FILE" in error
     assert "--model efficientnet-lite0" in error
     assert not (tmp_path / "model_store").exists()
 

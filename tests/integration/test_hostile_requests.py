@@ -77,18 +77,27 @@ def test_odd_request_costs_only_itself(
     assert workers(gathering_node, MODEL).keys() == before
 
 
-def test_every_hostile_body_is_refused_with_its_reason(node: Node) -> None:
-    """One by one through TorchServe; tests/unit/test_hostile_input.py has what they do to the others of a batch."""
-    before = workers(node, MODEL).keys()
+def assert_every_hostile_body_is_refused(node: Node, model: str) -> None:
+    before = workers(node, model).keys()
     expected = [(Post(file, IMAGE), 400, reason) for file, reason in bad_frames().values()]
     expected += [(Post(file), 400, reason) for file, reason in bad_frames().values()]  # of no type
     expected += [(Post(text.encode(), JSON), 400, reason) for text, reason in BAD_JSON.values()]
     expected += [(Post(text.encode(), JSON), 413, reason) for text, reason in excesses().values()]
     with ThreadPoolExecutor(4) as threads:
-        responses = list(threads.map(lambda each: send(node, MODEL, each[0]), expected))
+        responses = list(threads.map(lambda each: send(node, model, each[0]), expected))
     for response, (_, status, reason) in zip(responses, expected, strict=True):
         assert_is_refused(response, status, reason)
-    assert workers(node, MODEL).keys() == before
+    assert workers(node, model).keys() == before
+
+
+def test_every_hostile_body_is_refused_with_its_reason(node: Node) -> None:
+    """One by one through TorchServe; tests/unit/test_hostile_input.py has what they do to the others of a batch."""
+    assert_every_hostile_body_is_refused(node, MODEL)
+
+
+@pytest.mark.parametrize("model", ["keypointrcnn-resnet50-fpn", "r3d-18"])
+def test_other_tasks_refuse_every_hostile_body_too(tasks_node: Node, model: str) -> None:
+    assert_every_hostile_body_is_refused(tasks_node, model)
 
 
 def test_requests_that_are_too_large_or_end_early(node: Node, clip: list[Pixels]) -> None:

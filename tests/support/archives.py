@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Archives:
     def build(self, model: str, *flags: str | Path, is_tiny: bool = False) -> Path:
         """Return the archive of a model, built with these flags, and with random weights unless they name others.
 
-        is_tiny: the network sees small frames, for tests in which answers don't matter.
+        is_tiny: the network sees small frames, which makes it fast.
         """
         if model in RANDOM and "--weights" not in flags:
             flags = ("--weights", self.weights(model), *flags)
@@ -91,14 +92,21 @@ def create_archive(folder: Path, *arguments: str | Path) -> None:
 
 def shrink(model: str, source: Path, target: Path) -> None:
     """Write an archive again, with small frames for its network."""
+
+    def shrunk(content: bytes) -> bytes:
+        config = yaml.safe_load(content)
+        config["handler"]["preprocessing"] |= TINY[model]
+        return yaml.safe_dump(config).encode()
+
+    rewrite(source, target, "model-config.yaml", shrunk)
+
+
+def rewrite(source: Path, target: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Write an archive again, with one of its files changed."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
             content = old.read(entry)
-            if entry.filename == "model-config.yaml":
-                config = yaml.safe_load(content)
-                config["handler"]["preprocessing"] |= TINY[model]
-                content = yaml.safe_dump(config).encode()
-            new.writestr(entry.filename, content)
+            new.writestr(entry.filename, change(content) if entry.filename == name else content)
 
 
 def unpacked_archive(folder: Path, *flags: str, network: torch.nn.Module | None = None, is_tiny: bool = False) -> Path:

@@ -6,7 +6,9 @@ python -m tests.support.fuzz_handler ARCHIVE [atheris' options]
 import base64
 import io
 import json
+import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from server.tasks import PoseEstimation
 from tests.support.in_process import Model
 
-# Pillow's decoders are fast to fuzz with small images, which ImageNet's preprocessing enlarges.
+# Pillow's decoders are fast to fuzz with small images.
 IMAGE = Image.linear_gradient("L").resize((48, 40)).convert("RGB")
 
 
@@ -48,13 +51,13 @@ class Subject:
     def __init__(self, source: Path) -> None:
         self.model = Model(source)
         self.statuses: list[int] = []  # of the latest requests: good, hostile, good
-        torch.manual_seed(18)
-        head = torch.randn(3, 1000)
-        self.model.handler.model = lambda pixels: pixels.float().mean((2, 3)) @ head
+        task = self.model.handler.task
+        self.model.handler.model = find_two if isinstance(task, PoseEstimation) else by_colour(len(task.labels))
         self._good = seeds()[0]
         self._batch = {"0": base64.b64encode(self._good).decode()}
         [answer] = self.model.answers([self._good])
-        self._expected = pytest.approx(answer)
+        self._length = len(answer)
+        self._expected = near(answer)
 
     def try_body(self, body: Any) -> str:
         """Have a body answered between two good ones; raises AssertionError unless it hurts only itself.
@@ -71,10 +74,11 @@ class Subject:
             assert len(answers) == (len(body) if isinstance(body, dict) else 1)
             assert any("error" not in each for each in answers)
             for each in answers:
-                if each.keys() == {"error"}:
+                if "error" in each:
+                    assert each.keys() == {"error"}
                     assert_harmless(each["error"])
                 else:
-                    assert len(each) == 5
+                    assert len(each) == self._length
             return "answered"
         assert statuses[1] in (400, 413)
         assert answer.isascii()
@@ -85,12 +89,38 @@ class Subject:
         return str(reason["error"])
 
 
+def by_colour(classes: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a classifier of frames, (n, 3, height, width), and of clips, which have a dimension more."""
+    torch.manual_seed(18)
+    head = torch.randn(3, classes)
+    return lambda pixels: pixels.float().flatten(2).mean(2) @ head
+
+
+def find_two(frames: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Find two persons in each frame, at pixels that depend on its colours."""
+    return [
+        {
+            "scores": torch.tensor([0.9, 0.8]),
+            "boxes": frame.mean().expand(2, 4),
+            "keypoints": frame.mean((1, 2)).expand(2, 17, 3),
+            "keypoints_scores": torch.ones(2, 17),
+        }
+        for frame in frames
+    ]
+
+
+def near(answer: Any) -> Any:
+    """Return what is equal to an answer, and of probabilities to those that are as good as equal."""
+    return pytest.approx(answer, abs=1e-4) if isinstance(answer, dict) else answer
+
+
 def assert_harmless(reason: str) -> None:
     """A reason says what is wrong with the body, and reveals nothing of the server."""
     assert reason
     assert len(reason) < 300
+    of_the_server = re.sub(r"""b'[^']*'|b"[^"]*\"""", "", reason)  # Pillow may quote bytes of the body.
     for leak in (" at 0x", "Traceback", "site-packages", ".py", "\n", "/"):
-        assert leak not in reason, reason
+        assert leak not in of_the_server, reason
 
 
 def main() -> None:

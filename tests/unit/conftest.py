@@ -10,7 +10,9 @@ import torch
 
 from tests.support.archives import unpacked_archive
 from tests.support.clock import Clock
+from tests.support.fuzz_handler import Subject
 from tests.support.in_process import Model
+from tests.support.networks import RANDOM
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -43,6 +45,13 @@ def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(resnet18: Path) -> Model:
     """The handler, with ResNet-18 on one thread."""
     return Model(resnet18)
+
+
+@pytest.fixture(scope="session", params=["resnet-18", "keypointrcnn-resnet50-fpn", "r3d-18"])
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """The handler with a model of each task, for hostile requests."""
+    model, folder = request.param, tmp_path_factory.mktemp("subject")
+    return Subject(unpacked_archive(folder, "--model", model, network=RANDOM[model](), is_tiny=True))
 
 
 @pytest.fixture

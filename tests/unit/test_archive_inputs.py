@@ -113,6 +113,39 @@ def test_labels_without_weights_are_wrong_usage(capsys: pytest.CaptureFixture[st
     assert "--labels goes with --weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--min-score 0.5", "--min-score goes with pose estimation: resnet-18 finds no persons"),
+        ("--min-score 0 --model r3d-18", "--min-score goes with pose estimation: r3d-18 finds no persons"),
+        ("--min-score 1.1 --model keypointrcnn-resnet50-fpn", "expected a number from 0 to 1, got '1.1'"),
+        ("--min-score -0.1 --model keypointrcnn-resnet50-fpn", "expected a number from 0 to 1, got '-0.1'"),
+        ("--min-score nan --model keypointrcnn-resnet50-fpn", "expected a number from 0 to 1, got 'nan'"),
+        ("--min-score most --model keypointrcnn-resnet50-fpn", "expected a number from 0 to 1, got 'most'"),
+        ("--precision bf16 --model keypointrcnn-resnet50-fpn", "bf16 is not exact for pixels"),
+        ("--model pose", "invalid choice: 'pose'"),
+    ],
+)
+def test_flags_that_do_not_fit_the_model_are_wrong_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        create_mar_file.main(flags.split())
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("model", "labels"), [("keypointrcnn-resnet50-fpn", 17), ("r3d-18", 400)])
+def test_weights_of_another_model_are_refused(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], model: str, labels: int
+) -> None:
+    assert create_mar_file.main(["--model", model, "--weights", str(weights)]) == 1
+    error = capsys.readouterr().err
+    assert f"does not fit {model} with {labels} classes" in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unwritable_model_store_is_one_line(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model_store").write_text("a file where the folder should be")
     assert create_mar_file.main(["--weights", str(weights)]) == 1

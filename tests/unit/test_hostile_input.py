@@ -1,22 +1,14 @@
 """handler.py against broken and hostile bodies: each costs only its sender, and gets the reason in one line."""
 
-from pathlib import Path
-
 import pytest
 from PIL import Image
 
 from server.images import MAX_PARTS
-from server.tasks import ImageClassification
 from tests.support.frames import Pixels, as_json, encoded, jpeg
-from tests.support.fuzz_handler import Subject
+from tests.support.fuzz_handler import Subject, near
 from tests.support.hostile import BAD_JSON, as_torchserve_parses, bad_frames, excesses, many_scans
 from tests.support.in_process import Model
 from tests.support.nodes import BATCH_HEADER
-
-
-@pytest.fixture(scope="module")
-def subject(resnet18: Path) -> Subject:
-    return Subject(resnet18)
 
 
 def test_broken_frame_costs_only_itself(subject: Subject) -> None:
@@ -54,17 +46,17 @@ def test_bad_frames_of_a_json_batch_cost_only_themselves(model: Model, clip: lis
 
 
 def test_as_many_frames_as_a_request_may_hold(subject: Subject, clip: list[Pixels]) -> None:
-    model = subject.model
-    images = [
-        encoded(Image.fromarray(frame).resize((64, 48)), "JPEG")
-        for frame in clip[: ImageClassification.max_request_frames]
-    ]
-    [answers] = model.answers([as_json(*images)])
+    model, task = subject.model, subject.model.handler.task
+    count = task.max_request_frames
+    images = [encoded(Image.fromarray(frame).resize((64, 48)), "JPEG") for frame in clip[: count + 1]]
+    [answers] = model.answers([as_json(*images[:-1])])
     assert model.statuses() == [200]
-    assert len(answers) == ImageClassification.max_request_frames
-    for number in (0, 100, ImageClassification.max_request_frames - 1):
-        assert answers[number] == pytest.approx(model.answers([images[number]])[0], abs=1e-4)
-    model.answers([as_json(*images, images[0])])
+    assert len(answers) == count
+    for start in (0, count // 2, count - task.clip_frames):
+        [alone] = model.answers([as_json(*images[start : start + task.clip_frames])])
+        assert answers[start] == near(alone[0])
+    assert answers[0] != near(answers[-1])
+    model.answers([as_json(*images)])
     assert model.statuses() == [413]
 
 
