@@ -157,7 +157,7 @@ def test_video_that_was_cut_off_is_an_error(tmp_path: Path, suffix: str) -> None
     try:
         for number in range(1, 60):
             image = jpeg(noise.integers(0, 255, (480, 640, 3), np.uint8))
-            video.write(Result.failed(Frame(FILE, number, 0.0, image, (number - 1) / 25), "x"))
+            video.write(Result.failed(Frame(FILE, number, 0.0, image, (number - 1) / 25, MODEL), "x"))
         with pytest.raises(OSError, match=f"{path} has not all of its 59 frames"):
             video.close()
     finally:
@@ -168,7 +168,7 @@ def test_video_accepts_another_resolution(tmp_path: Path) -> None:
     video = Video(tmp_path / "out.mp4", FILE, [MODEL])
     video.write(result(1))
     larger = jpeg(np.full((480, 640, 3), 200, np.uint8))
-    video.write(Result.failed(Frame(FILE, 2, 0.0, larger, 0.04), "503 has no worker"))
+    video.write(Result.failed(Frame(FILE, 2, 0.0, larger, 0.04, MODEL), "503 has no worker"))
     video.close()
     assert [frame.shape for frame in frames_of(tmp_path / "out.mp4")] == [(48, 64, 3)] * 2
 
@@ -243,3 +243,56 @@ def test_labels_are_drawn_where_they_can_be_read() -> None:
         assert drawn[110:, :].min() == drawn[110:, :].max() == shade, "three labels at most, at the top"
         assert drawn[8:40, 8:100].max() > 200, "white letters"
         assert drawn[8:40, 8:100].min() < 50, "on black"
+
+
+def letters(path: Path) -> list[int]:
+    """Return how many rows of each frame of a video have something dark drawn on them: 32 for each line."""
+    return [int((frame[:140, 9:11].max(axis=(1, 2)) < 60).sum()) for frame in frames_of(path)]
+
+
+def big(number: int, model: str, camera: Camera = FILE, at: float = 0.0) -> Result:
+    """Return the result of a frame of 480 x 640, in which a line of text can be recognized."""
+    image = jpeg(np.full((480, 640, 3), 200, np.uint8))
+    position = None if camera.is_live else (number - 1) / 25
+    return Result(Frame(camera, number, at, image, position, model, number), "answered", {model * 20: 1.0})
+
+
+def test_frames_of_a_file_are_shown_with_the_predictions_of_all_models_for_them(tmp_path: Path) -> None:
+    """However late a model responds: the file waits for it."""
+    video = Video(tmp_path / "out.mkv", FILE, ["a", "b"])
+    for number in (1, 2, 3):
+        video.write(big(number, "a"))
+    assert video._written == 0
+    for number in (1, 2, 3):
+        video.write(big(number, "b"))
+    video.close()
+    one, *others = letters(tmp_path / "out.mkv")
+    assert others == [one, one]
+    assert one > 40, "two lines"
+
+
+def test_a_live_video_does_not_wait_for_a_slow_model(tmp_path: Path) -> None:
+    camera = live_camera(fps=10.0)
+    video = Video(tmp_path / "out.mkv", camera, ["a", "b"])
+    for number in range(1, 4):
+        video.write(big(number, "a", camera, 0.1 * number))
+    assert video._written == 3
+    video.write(big(1, "b", camera, 0.1))
+    assert video._written == 3, "the frame was shown already"
+    video.write(big(4, "a", camera, 0.4))
+    video.close()
+    rows = letters(tmp_path / "out.mkv")
+    assert rows[0] == rows[1] == rows[2] < rows[3], "then its prediction is on the next frame"
+
+
+def test_a_frame_that_one_model_dropped_is_shown_with_the_image_that_another_brings(tmp_path: Path) -> None:
+    camera = live_camera(fps=10.0)
+    video = Video(tmp_path / "out.mkv", camera, ["a", "b"])
+    video.write(result(1, camera, 0.1, 0, "a"))
+    video.write(dropped(2, camera, 0.2, "b"))
+    video.write(result(2, camera, 0.2, 100, "a"))
+    video.write(dropped(3, camera, 0.3, "b"))
+    video.write(dropped(3, camera, 0.3, "a"))
+    video.write(dropped(4, camera, 0.4, "a"))
+    video.close()
+    assert shades(tmp_path / "out.mkv") == [0, 100, 100, 100]
