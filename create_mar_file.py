@@ -33,17 +33,17 @@ TOP_K = 5
 THREADS_PER_WORKER = 1  # TorchServe starts a worker for each core.
 DOWNLOAD_TIMEOUT_S = 5.0
 MIN_SCORE = 0.7  # of a person
-POSE_TIMEOUT_S = 600  # TorchServe ends a worker that takes longer than 120 for a request: 10 frames on a core.
+POSE_TIMEOUT_S = 600  # A request of 16 frames takes a core 160 s or more; TorchServe would end the worker after 120.
 
 
 class ArchiveError(Exception):
-    """What stands between the user and an archive, in one line."""
+    """An error that ends the program, in one line. Says what is wrong and what to do."""
 
     exit_code = 1
 
 
 class DownloadError(ArchiveError):
-    """The weights are neither in the cache nor to be had from the network."""
+    """The weights are not in the cache, and can't be downloaded."""
 
     exit_code = 3
 
@@ -56,7 +56,7 @@ def download_weights(url: str) -> Path:
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
     if cached.is_file():
         return cached
-    # torch.hub passes no timeout on, and without one a silent network would hold us for minutes.
+    # torch.hub passes no timeout on. Without one a network that does not respond blocks for minutes.
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def network_of(model: str, weights: Path, labels: int) -> torch.nn.Module:
     except FileNotFoundError as error:
         raise ArchiveError(f"no weights file {weights}") from error
     except Exception as error:  # Unpickling a file that is no such thing can raise anything.
-        # Not torch's own words: they advise to load the file with whatever code is in it.
+        # Not torch's message: it advises to run the code in the file.
         raise ArchiveError(
             f"can't load {weights} ({type(error).__name__}): it is damaged, or holds more than weights; expected what "
             f"torch.save(model.state_dict()) writes. If it is torch's cached copy, delete it and run again"
@@ -137,7 +137,7 @@ def preprocessing(model: str) -> dict[str, object]:
 
 
 def model_config(args: argparse.Namespace) -> dict[str, object]:
-    """Return the settings that travel in the archive as model-config.yaml; see config.properties for the others."""
+    """Return the settings of the archive, its model-config.yaml; see config.properties for the others."""
     handler = {"network": args.model, "threads": THREADS_PER_WORKER, "precision": args.precision}
     handler["preprocessing"] = preprocessing(args.model)
     config: dict[str, object] = {"handler": handler}
@@ -147,7 +147,7 @@ def model_config(args: argparse.Namespace) -> dict[str, object]:
     else:
         handler["top_k"] = TOP_K
     if args.client_batching:
-        # A request is a batch already: none is held back to wait for others. What stands here wins over
+        # A request is a batch already: none waits for others. These settings have precedence over
         # config.properties, though not over a snapshot; 1 ms is the shortest delay TorchServe takes.
         config |= {"batchSize": 1, "maxBatchDelay": 1}
     return config
@@ -156,7 +156,7 @@ def model_config(args: argparse.Namespace) -> dict[str, object]:
 def write_archive(
     model_store: Path, model: str, network: torch.nn.Module, labels: list[str], config: dict[str, object]
 ) -> Path:
-    """Write model_store/<model>.mar, aside first and then moved into place, so that nobody ever sees half a file."""
+    """Write model_store/<model>.mar, first elsewhere, then moved into place: it is complete at any time."""
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_store, prefix=".create_mar_file-") as staging_name:
         staging = Path(staging_name).resolve()  # The archiver runs in it: what is relative would be elsewhere.
@@ -198,7 +198,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--model", choices=list(MODELS), default="resnet-18", help=text)
     text = "of the network: bf16 is faster if the processor has it, and much slower if not (default: %(default)s)"
     add("--precision", choices=["fp32", "bf16"], default="fp32", help=text)
-    text = "of pose estimation: how certain a person must be to be in the answer, from 0 to 1 (default: 0.7)"
+    text = f"of pose estimation: how certain a person must be to be in the answer, from 0 to 1 (default: {MIN_SCORE})"
     add("--min-score", type=score, metavar="SCORE", help=text)
     text = "a state dict of your own, loaded without running any code in it (default: torchvision's trained weights)"
     add("--weights", type=Path, metavar="FILE", help=text)

@@ -69,7 +69,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a frame. Every captured frame gets one.
+    """The outcome of a frame. It gets one of each model that it is for.
 
     predictions, latency_s: of an answered frame; latency_s is the time from capture to response.
     error: of any other frame, the reason, with the HTTP status if there was one.

@@ -119,8 +119,8 @@ def new_parser() -> argparse.ArgumentParser:
     text = "how long the start, and each frame of a file, waits for a server that does not respond"
     text += " (default: %(default)g)"
     add("--server-wait", dest="server_wait_s", type=SECONDS, default=30.0, metavar="SECONDS", help=text)
-    text = f"requests in flight for each model (default: {BATCHES_IN_FLIGHT} JSON batches, or {BATCHES_IN_FLIGHT} times"
-    text += " --batch_size single frames, but at most as many batches of TorchServe)"
+    text = f"requests in flight for each model (default: {BATCHES_IN_FLIGHT} JSON batches or clips; of single frames"
+    text += f" {BATCHES_IN_FLIGHT} times --batch_size or TorchServe's batch size, whichever is smaller)"
     add("--max-in-flight", type=WHOLE, metavar="N", help=text)
     add("--check", action="store_true", help="test cameras, server and models, print what works, and stream nothing")
 
@@ -130,7 +130,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="do not print predictions")
     text = "append a JSON object for each frame; - is standard output, which then has no predictions"
     add("--jsonl", metavar="FILE", help=text)
-    text = "write the frames with their labels drawn on, as .mp4, .mkv or .avi; several cameras: FILE-1, FILE-2"
+    text = "write the frames with their predictions drawn on, as .mp4, .mkv or .avi; several cameras: FILE-1, FILE-2"
     add("--save-video", type=video, metavar="FILE", help=text)
     text = "serve the stats to Prometheus at port N, of 127.0.0.1 unless an address is given"
     add("--metrics-port", type=listener, metavar="[ADDRESS:]N", help=text)

@@ -65,7 +65,7 @@ class Rate:
 
 @dataclass
 class CameraStats:
-    """The counts of one camera. At the end captured = answered + failed + dropped + expired.
+    """The counts of one stream. At the end captured = answered + failed + dropped + expired.
 
     captured: counted by the reader thread; all else by the main thread, when it writes a result.
     causes: the frames that were not answered, by (outcome, error).
