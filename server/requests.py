@@ -64,14 +64,10 @@ class Request:
             return self.rejection
         results = [result for clip in self.clips for result in clip.results()]
         errors = [frame.error for clip in self.clips for frame in clip.frames if frame.error]
-        if not all(clip.error for clip in self.clips):
+        if len(errors) < len(results):
             return results if self.is_batch else results[0]
-        if not self.is_batch:
-            return Rejection(400, errors[0])
-        unread = f"{len(errors)} of {len(results)} frames can't be read, and a clip needs all of its frames"
-        if len(errors) == len(results):
-            unread = f"none of {len(results)} frames can be read"
-        return Rejection(400, f"{unread}; the first: {errors[0]}")
+        which = f"none of {len(results)} frames can be read; the first: " if self.is_batch else ""
+        return Rejection(400, which + errors[0])
 
 
 def parse_request(row: dict[str, Any], headers: dict[str, Any], clip_frames: int, max_frames: int) -> Request:

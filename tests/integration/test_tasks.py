@@ -157,8 +157,9 @@ def test_request_without_a_readable_clip_is_refused(
     assert response.json()["error"].startswith(f"none of {count} frames can be read; the first: not an image")
     if model == ACTIVITY:
         response = post(tasks_node, model, as_json(*frames[:15], b"no image"))
-        assert response.status_code == 400
-        assert response.json()["error"].startswith("none of 16 frames can be read; the first: not an image")
+        assert response.status_code == 200, "15 frames can be read"
+        assert all("not an image" in answer["error"] for answer in response.json())
+        assert len(response.json()) == 16
 
 
 @pytest.mark.parametrize(
