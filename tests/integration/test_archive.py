@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import socket
 import threading
 import time
@@ -68,6 +69,19 @@ def test_archive_holds_exactly_these_files(archives: Archives, model: str) -> No
     assert len(code) == 5
     settings = {"index_to_name.json", "model-config.yaml", "MAR-INF/MANIFEST.json"}
     assert names == {"handler.py", f"{model}.pth"} | settings | code
+
+
+def test_archive_has_no_bytecode(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has run the handler, for example its tests, has a server/__pycache__."""
+    shutil.copytree(PROJECT / "server", tmp_path / "project" / "server")
+    shutil.copy(PROJECT / "handler.py", tmp_path / "project")
+    (tmp_path / "project" / "server" / "__pycache__").mkdir(exist_ok=True)
+    (tmp_path / "project" / "server" / "__pycache__" / "tasks.cpython-39.pyc").write_bytes(b"old")
+    monkeypatch.setattr(create_mar_file, "HERE", tmp_path / "project")
+    assert create_mar_file.main(["--weights", str(weights)]) == 0
+    with zipfile.ZipFile(tmp_path / "model_store" / "resnet-18.mar") as mar:
+        assert "server/tasks.py" in mar.namelist()
+        assert [name for name in mar.namelist() if "pyc" in name] == []
 
 
 def test_pose_archive_has_min_score_the_sizes_of_training_and_time(archives: Archives) -> None:

@@ -119,9 +119,9 @@ def test_frames_of_different_sizes_and_orientations_share_a_batch(
 def test_requests_of_one_batch_do_not_change_each_other(
     tasks_node: Node, check: Check, frames: list[bytes], model: str
 ) -> None:
-    """Of activity recognition the longest has two clips, the second of which can't be read."""
-    count = 1 if model == POSE else CLIP_FRAMES
-    long, short = [*frames[:count], b"no image"], frames[-1:] if model == POSE else frames[3:8]
+    """The longest has a clip that can't be read, and behind it one that can."""
+    count, short = (1, frames[-1:]) if model == POSE else (CLIP_FRAMES, frames[-8:])
+    long = [b"no image", *frames[1:count], *frames[:count]]
     posts = [Post(frames[-2]), Post(as_json(*long)), Post(as_json(*short)), Post({})]
     responses = post_concurrently(tasks_node, f"gathering-{model}", posts)
     assert [response.status_code for response in responses] == [200, 200, 200, 400]
@@ -129,9 +129,9 @@ def test_requests_of_one_batch_do_not_change_each_other(
     assert [response.headers[BATCH_HEADER] for response in responses] == [in_the_pass] * 3 + ["0"]
     one, many, few, none = (response.json() for response in responses)
     check(model, frames[-2:-1], [one])
-    check(model, frames[:count], many[:-1])
+    assert ["not an image" in answer["error"] for answer in many[:count]] == [True] * count
+    check(model, long[count:], many[count:])
     check(model, short, few)
-    assert "not an image" in many[-1]["error"]
     assert NO_BATCH in none["error"]
 
 

@@ -68,6 +68,10 @@ def bad_frames() -> dict[str, tuple[bytes, str]]:
         "text": (b"this is no image", "not an image"),
         "zeros": (bytes(100_000), "not an image"),
         "truncated": (encoded(CAT, "JPEG")[:9000], "broken image: image file is truncated"),
+        "chunk": (  # ends early; Pillow raises no OSError then, but a SyntaxError.
+            encoded(CAT, "PNG")[:33] + struct.pack(">I", 1000) + encoded(CAT, "PNG")[37:],
+            "broken image: broken PNG file",
+        ),
         "header only": (encoded(CAT, "PNG")[:40], "not an image"),
         "sliver": (blank_png(1, 65_000), "too narrow: 1 x 65000 pixels, expected at most 32 to 1"),
         "giant": (blank_png(10_000, 10_000), "too many pixels: 10000 x 10000, expected"),
