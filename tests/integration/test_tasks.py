@@ -1,12 +1,13 @@
 """Pose estimation and activity recognition inside a real TorchServe: right answers, whatever else is in the batch."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from demo.node import PROJECT, Node, torchserve
@@ -32,7 +33,7 @@ Check = Callable[[str, list[bytes], list[Any]], None]  # of the answers of a mod
 
 
 @pytest.fixture(scope="module")
-def check() -> Check:
+def check() -> Iterator[Check]:
     """Asserts that answers are those of torchvision, which sees each image once, outside of the node."""
     pose, activity = random_keypoint_rcnn(**TINY[POSE]), random_r3d18()
     persons = cache(lambda image: reference_persons(pose, opened(image)))
@@ -51,7 +52,10 @@ def check() -> Check:
             for answer in answers[start : start + CLIP_FRAMES]:
                 assert_equals_reference(answer, expected, ACTIVITIES)
 
-    return check
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # More wait for each other where other tests have the cores.
+    yield check
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

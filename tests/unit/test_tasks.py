@@ -41,7 +41,6 @@ def no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_persons_in_a_frame_of_full_size_are_those_of_torchvision(tmp_path: Path, clip: list[Pixels]) -> None:
     network = random_keypoint_rcnn()
     model = Model(unpacked_archive(tmp_path, "--model", POSE, network=network))
-    torch.set_num_threads(2)
     image = jpeg(clip[100][::-1, ::-1])  # A frame in which the random network finds several persons.
     [persons] = model.answers([image])
     assert len(persons) > 2
