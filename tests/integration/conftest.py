@@ -41,25 +41,22 @@ def gathering_node(tmp_path_factory: pytest.TempPathFactory, archives: Archives)
 
 @pytest.fixture(scope="session")
 def tasks_node(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[Node]:
-    """A model of each task, on one worker each. Their networks see small frames, see TINY.
+    """A model of each task as config.properties serves it, but on one worker, and with small frames (see TINY).
 
     Those of pose estimation and activity recognition are there again as gathering-..., which waits a minute for four
     requests.
     """
     folder = tmp_path_factory.mktemp("tasks")
-    models = {}
-    for model in ("efficientnet-lite0", "keypointrcnn-resnet50-fpn", "r3d-18"):
-        archive = archives.build(model, is_tiny=True)
-        archives.store(folder, archive)
-        models[model] = {"1.0": {"marName": archive.name, "batchSize": 4, "maxBatchDelay": 1}}
-        if model != "efficientnet-lite0":
-            stored = folder / "model_store" / archive.name
-            stored.with_name(f"gathering-{archive.name}").hardlink_to(stored)
-            gathering = {"marName": f"gathering-{archive.name}", "batchSize": 4, "maxBatchDelay": 60_000}
-            models[f"gathering-{model}"] = {"1.0": gathering}
-    config = (PROJECT / "config.properties").read_text()
-    config += f"\ndefault_workers_per_model=1\nmodels={json.dumps(models)}\n"
-    with torchserve(folder, list(models), config) as running:
+    models, gathering = ["efficientnet-lite0", "keypointrcnn-resnet50-fpn", "r3d-18"], {}
+    archives.store(folder, *(archives.build(model, is_tiny=True) for model in models))
+    for model in models[1:]:
+        name, archive = f"gathering-{model}", folder / "model_store" / f"{model}.mar"
+        archive.with_name(f"{name}.mar").hardlink_to(archive)
+        gathering[name] = {"1.0": {"marName": f"{name}.mar", "batchSize": 4, "maxBatchDelay": 60_000}}
+    config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=1\n"
+    assert "\nmodels={\\\n" in config
+    config = config.replace("\nmodels={\\\n", "\nmodels=" + json.dumps(gathering)[:-1] + ",\\\n")
+    with torchserve(folder, [*models, *gathering], config) as running:
         yield running
 
 
