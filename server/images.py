@@ -21,8 +21,7 @@ MAX_PARTS = {
     b"\xff\xd8": {"scans": (b"\xff\xda", 32), "EXIF blocks": (b"Exif\0\0", 32)},
     b"\x89PNG": {"texts": (b"iTXt", 4), "compressed texts": (b"zTXt", 4), "colour profiles": (b"iCCP", 4)},
 }
-# Pillow allocates the memory of an image in blocks. Blocks of its default size, 16 MB, are kept by the C library after
-# a large image: a worker then grows by half a gigabyte. Larger blocks go back to the system.
+# Of Pillow. The C library keeps blocks of its default size, 16 MB: after large images a worker is 0.5 GB larger.
 PILLOW_BLOCK_BYTES = 64 * 2**20
 
 

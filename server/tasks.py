@@ -14,6 +14,8 @@ from torch.fx.experimental.optimization import fuse
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from server.images import MAX_PIXELS
+
 
 class ImageClassification:
     """Predicts label -> probability of the most probable classes, the most probable first."""
@@ -97,7 +99,10 @@ class BySize(torch.nn.Module):
         outputs: dict[int, Any] = {}
         for shape in {frame.shape for frame in frames}:
             indices = [index for index, frame in enumerate(frames) if frame.shape == shape]
-            outputs.update(zip(indices, self.network([frames[index] for index in indices])))
+            count = max(1, MAX_PIXELS // (shape[1] * shape[2]))  # So many pixels take 400 MB, and again 400 in between.
+            for part in (indices[start : start + count] for start in range(0, len(indices), count)):
+                batch = [v2.functional.to_dtype(frames[index], torch.float32, scale=True) for index in part]
+                outputs.update(zip(part, self.network(batch)))
         return [outputs[index] for index in range(len(frames))]
 
 
@@ -126,9 +131,9 @@ class PoseEstimation:
         frame: torch.Tensor = v2.functional.pil_to_tensor(image)
         return frame
 
-    def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, dtype: torch.dtype) -> Any:
-        """Return the list of frames, which may have different sizes."""
-        return [v2.functional.to_dtype(frame.to(device), dtype, scale=True) for clip in clips for frame in clip]
+    def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, _: torch.dtype) -> Any:
+        """Return the list of frames, which may have different sizes. The network is one of float32."""
+        return [frame.to(device) for clip in clips for frame in clip]
 
     def postprocess(self, outputs: Any) -> list[Any]:
         """Return the persons of each frame."""

@@ -12,8 +12,9 @@ from torchvision.models.detection import KeypointRCNN_ResNet50_FPN_Weights
 
 import create_mar_file
 from handler import VideoFrameHandler
+from server.images import MAX_PIXELS
 from server.models import load_network
-from server.tasks import ActivityRecognition, PoseEstimation
+from server.tasks import ActivityRecognition, BySize, PoseEstimation
 from tests.support.archives import TINY, unpacked_archive
 from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.in_process import Model
@@ -124,3 +125,22 @@ def test_batch_normalization_is_that_which_the_weights_were_trained_with(monkeyp
             torch.testing.assert_close(served, expected, rtol=1e-3, atol=1e-5)
             features.append(expected)
     assert not torch.allclose(features[0], features[1], rtol=0.01), "eps makes no difference"
+
+
+def test_large_frames_take_several_passes_and_each_size_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As float32 they would fill the memory."""
+    passes: list[list[tuple[int, ...]]] = []
+
+    def network(frames: list[torch.Tensor]) -> list[float]:
+        assert {frame.dtype for frame in frames} == {torch.float32}
+        passes.append([tuple(frame.shape) for frame in frames])
+        return [frame[0, 0, 0].item() for frame in frames]
+
+    by_size = BySize(torch.nn.Identity())
+    monkeypatch.setattr(by_size.network, "forward", network)
+    shapes = [(3, 2000, 4000), (3, 20, 30), (3, 2000, 4000), (3, 4320, 7680), (3, 20, 30), *[(3, 2000, 4000)] * 4]
+    frames = [torch.full(shape, number, dtype=torch.uint8) for number, shape in enumerate(shapes)]
+    assert by_size(frames) == pytest.approx([number / 255 for number in range(len(shapes))])
+    assert all(len(set(each)) == 1 for each in passes)
+    assert max(sum(shape[1] * shape[2] for shape in each) for each in passes) <= MAX_PIXELS
+    assert sorted(map(len, passes)) == [1, 2, 2, 4]
