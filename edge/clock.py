@@ -4,9 +4,9 @@ import math
 from collections import deque
 
 MAX_BUFFERED_S = 5.0  # of video, that FFmpeg reads while it opens a stream
-# Of an interval: frames of a camera never arrive at regular times. With 0.5 every second frame of a camera of twice the
-# rate would be just at the limit.
-TOLERANCE = 0.4
+# Of an interval: frames of a camera never arrive at regular times. With 0.3 no frame of a camera of 25 or 30 frames a
+# second is just at the limit for 15 a second.
+TOLERANCE = 0.3
 CLOCK_DRIFT = 0.001  # A camera's clock is more exact, about 0.0001.
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import cast
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,15 +198,20 @@ def test_after_stop_the_rest_is_taken_without_waiting() -> None:
     assert [[frame.order for frame in clip] for clip in clips] == [[1, 2], [1], []]
 
 
-@pytest.mark.parametrize("digits", [3, 12])
-@pytest.mark.parametrize(("fps", "steps"), [(60, {4}), (30, {2}), (25, {1, 2}), (16, {1, 2}), (15, {1}), (10, {1})])
-def test_frames_are_chosen_at_the_rate_of_the_clip(fps: float, steps: set[int], digits: int) -> None:
-    """Of a camera of a multiple of the rate always the same ones, also if its time stamps are rounded."""
-    sampler = Sampler(INTERVAL_S)
-    kept = [number for number in range(round(60 * fps)) if sampler.is_due(round(number / fps, digits))]
+@pytest.mark.parametrize("jitter_s", [0.0, 0.0005, 0.003])
+@pytest.mark.parametrize(("fps", "steps"), [(60, {3, 4, 5}), (30, {2}), (25, {1, 2}), (20, {1, 2}), (15, {1}), (10, {1})])
+def test_frames_are_chosen_at_the_rate_of_the_clip(fps: float, steps: set[int], jitter_s: float) -> None:
+    """Of a camera of a multiple of the rate always at the same interval, also if its frames are a little irregular."""
+    sampler, chance = Sampler(INTERVAL_S), np.random.default_rng(5)
+    times = [number / fps + jitter_s * chance.uniform(-1, 1) for number in range(round(60 * fps))]
+    kept = [number for number, time_s in enumerate(times) if sampler.is_due(time_s)]
     assert len(kept) == pytest.approx(60 * min(fps, 15), abs=2)
-    found = {after - before for before, after in itertools.pairwise(kept[1:])}  # The first has none before it.
-    assert found <= steps
+    assert {after - before for before, after in itertools.pairwise(kept)} <= steps
+
+
+def test_the_frames_of_25_a_second_that_are_chosen() -> None:
+    sampler = Sampler(INTERVAL_S)
+    assert [number for number in range(1, 12) if sampler.is_due((number - 1) / 25)] == [1, 3, 4, 6, 8, 9, 11]
 
 
 def test_an_image_that_is_repeated_is_chosen_each_time() -> None:
