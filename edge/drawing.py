@@ -50,15 +50,17 @@ def labels_of(result: Result) -> list[str]:
 
 
 def draw_lines(image: Any, lines: Sequence[str]) -> None:
-    """Draw lines of text into the upper left corner, white on black."""
+    """Draw lines of text into the upper left corner, white on black; a line that is too long gets a smaller font."""
     scale = min(image.shape[:2]) / 480
     for number, line in enumerate(lines):
-        (width, height), below = cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, 1)
         left, top, gap = round(8 * scale), round((8 + 32 * number) * scale), round(4 * scale)
+        (width, _), _ = cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, 1)
+        font_scale = 0.8 * scale * min(1.0, (image.shape[1] - 2 * left - 2 * gap) / max(width, 1))
+        (width, height), below = cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, font_scale, 1)
         corner = (left + width + 2 * gap, top + height + below + 2 * gap)
         cv2.rectangle(image, (left, top), corner, BLACK, cv2.FILLED)
         origin = (left + gap, top + gap + height)
-        cv2.putText(image, line, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, WHITE, 1, cv2.LINE_AA)
+        cv2.putText(image, line, origin, cv2.FONT_HERSHEY_SIMPLEX, font_scale, WHITE, 1, cv2.LINE_AA)
 
 
 def draw_persons(image: Any, persons: Sequence[Mapping[str, Any]]) -> None:

@@ -172,3 +172,12 @@ def test_several_models_are_drawn_together_and_old_predictions_with_their_age() 
         assert dark[3] == 0, "and no more"
         widths.append(dark[1])
     assert widths[0] == widths[1] < widths[2] - 50
+
+
+def test_a_long_line_fits_into_the_frame() -> None:
+    """The space right of it is grey."""
+    frame = Frame(FILE, 1, 0.0, jpeg(np.full((240, 200, 3), 128, np.uint8)))
+    results = {"model": Result(frame, "answered", {"a_label_that_is_longer_than_the_frame_is_wide " * 2: 0.5})}
+    image = annotate(frame, results)
+    assert (image[:30] < 60).any()
+    assert np.abs(image[:, -2:].astype(int) - 128).max() < 10
