@@ -72,7 +72,7 @@ def test_archive_holds_exactly_these_files(archives: Archives, model: str) -> No
 
 
 def test_archive_has_no_bytecode(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever has run the handler, for example its tests, has a server/__pycache__."""
+    """Running the handler, for example in tests, creates server/__pycache__."""
     shutil.copytree(PROJECT / "server", tmp_path / "project" / "server")
     shutil.copy(PROJECT / "handler.py", tmp_path / "project")
     (tmp_path / "project" / "server" / "__pycache__").mkdir(exist_ok=True)

@@ -92,14 +92,14 @@ def test_each_frame_gets_what_torchvision_says_of_its_clip(
     assert response.headers[BATCH_HEADER] == str(count)
     check(ACTIVITY, images, response.json())
     if count > CLIP_FRAMES:
-        assert response.json()[0] != pytest.approx(response.json()[-1], abs=0.02), "too alike to tell clips apart"
+        assert response.json()[0] != pytest.approx(response.json()[-1], abs=0.02), "too similar to distinguish clips"
 
 
 def test_single_frame_is_a_clip_of_its_own(tasks_node: Node, check: Check, frames: list[bytes]) -> None:
     first, last = (post(tasks_node, ACTIVITY, image).json() for image in (frames[0], frames[-1]))
     check(ACTIVITY, frames[:1], [first])
     check(ACTIVITY, frames[-1:], [last])
-    assert first != pytest.approx(last, abs=0.02), "too alike to tell clips apart"
+    assert first != pytest.approx(last, abs=0.02), "too similar to distinguish clips"
 
 
 @pytest.mark.parametrize("model", [POSE, ACTIVITY])
