@@ -135,7 +135,7 @@ def test_annotated_video_has_the_times_of_the_file(media: Path, tmp_path: Path, 
         for frame in frames:
             shade = np.full((48, 64, 3), 60 * (frame.number % 4), np.uint8)
             image = cv2.imencode(".jpg", shade)[1].tobytes()
-            video.write(Result(Frame(camera, frame.number, 0.0, image, frame.position_s), "answered", {}))
+            video.write(Result(Frame(camera, frame.number, 0.0, image, frame.position_s, "resnet-18"), "answered", {}))
         video.close()
         assert cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FPS) == pytest.approx(fps, rel=0.001)
         shown = [round(float(image[-8:, -8:].mean()) / 60) for image in frames_of(output)]
