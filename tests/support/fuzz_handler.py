@@ -106,7 +106,7 @@ def find_two(frames: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
             "keypoints": frame.mean((1, 2)).expand(2, 17, 3),
             "keypoints_scores": torch.ones(2, 17),
         }
-        for frame in frames
+        for frame in (each / 255 for each in frames)
     ]
 
 
