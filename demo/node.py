@@ -6,6 +6,7 @@ same time. For production start TorchServe as in README.md.
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -29,6 +30,8 @@ READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.25
 NODE_PORTS = 6
+# Below those that systems use for outgoing connections, which could take a port before TorchServe does.
+SERVER_PORTS = range(20_000, 32_000)
 
 
 class NodeError(Exception):
@@ -172,12 +175,16 @@ def suspend(process: psutil.Process) -> list[psutil.Process]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different TCP ports of 127.0.0.1 on which no program listens."""
+    """Return different TCP ports of 127.0.0.1 on which no program listens. Raises OSError if there are too few."""
+    found: list[int] = []
     with ExitStack() as sockets:
-        probes = [sockets.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        for port in random.SystemRandom().sample(SERVER_PORTS, len(SERVER_PORTS)):
+            if len(found) == count:
+                return found
+            with suppress(OSError):
+                sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+    raise OSError(f"fewer than {count} ports are free on 127.0.0.1")
 
 
 def java_environment() -> dict[str, str]:
