@@ -119,6 +119,8 @@ class ClipBuffer(FrameBuffer):
     After a dropped frame, or a pause of the camera, a new clip begins.
     """
 
+    max_wait_s = math.inf  # for the next frame of a clip
+
     def get_batch(self, max_frames: int) -> list[Frame]:
         """Wait for a clip of up to `max_frames` frames, and take it. Returns [] at the end."""
         with self._changed:
@@ -143,8 +145,9 @@ class ClipBuffer(FrameBuffer):
             clip.append(frame)
         is_whole = len(clip) == max_frames or len(clip) < len(self._queues[camera])
         may_grow = bool(clip) and not is_whole and camera in self._open and not self._stop.is_set()
+        wait_s = min(pause_s, self.max_wait_s)
         # A file does not pause: it waits for the slowest of its models.
-        if may_grow and (clip[-1].position_s is not None or time.monotonic() - clip[-1].captured_at <= pause_s):
+        if may_grow and (clip[-1].position_s is not None or time.monotonic() - clip[-1].captured_at <= wait_s):
             return []
         return clip if len(clip) <= self._available_of(camera) else []
 
@@ -171,6 +174,8 @@ def new_buffer(
     frames = client.frames_per_request
     max_frames, window = max(MAX_WAITING_FRAMES, frames), REORDER_WINDOW * client.max_in_flight * frames
     if client.info.clip_frames > 1:  # A clip is as old as its last frame.
-        return ClipBuffer(max_frames, cameras, window, stop, timing)
+        clips = ClipBuffer(max_frames, cameras, window, stop, timing)
+        clips.max_wait_s = max(2 * client.info.interval_s, max_age_s / 2)
+        return clips
     timing = replace(timing, batch_wait_s=min(timing.batch_wait_s, max_age_s / 2))
     return FrameBuffer(max_frames, cameras, window, stop, timing)

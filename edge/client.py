@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import cv2
 import numpy as np
 import requests
 from requests_futures.sessions import FuturesSession
@@ -25,11 +24,11 @@ from edge.cameras import Camera
 from edge.errors import ServerError
 from edge.frames import Frame, Result
 from edge.options import BATCHES_IN_FLIGHT, LOOPBACK, Options
+from edge.payload import MAX_BODY_BYTES, fitting, json_size
 from edge.responses import ModelInfo
 from edge.session import RetrySession, ServerHealth
 from edge.timing import Timing
 
-MAX_BODY_BYTES = 6_553_500  # max_request_size of TorchServe, unless its configuration says otherwise
 # A frame may take so many times as long as the test image: other models share the cores, and there is more in it.
 LOAD_FACTOR = 10
 TEST_CAMERA = Camera("test image")
@@ -154,9 +153,9 @@ class TorchServeClient:
 
     def submit(self, frames: Sequence[Frame], on_result: Callable[[Result], None]) -> None:
         """Send frames without waiting for the response, in several requests if one would be too large."""
-        jpegs = [frame.jpeg for frame in frames]
-        while self.info.clip_frames > 1 and json_size(jpegs) > MAX_BODY_BYTES:
-            jpegs = [half_size(jpeg) for jpeg in jpegs]  # A clip can't be divided, and its network sees small frames.
+        jpegs: Sequence[bytes] = [frame.jpeg for frame in frames]
+        if self.info.clip_frames > 1:
+            jpegs = fitting(jpegs)
         is_too_large = (json_size(jpegs) if self.is_json else len(jpegs[0])) > MAX_BODY_BYTES
         if is_too_large and len(frames) == 1:
             on_result(Result.failed(frames[0], responses.TOO_LARGE))
@@ -236,14 +235,3 @@ def open_clients(options: Options, stop: threading.Event, timing: Timing) -> Ite
     token = BearerToken(options.token_file, options.management_url, timing)
     with ExitStack() as clients:
         yield [clients.enter_context(TorchServeClient(model, token, options, stop, timing)) for model in options.model]
-
-
-def half_size(jpeg: bytes) -> bytes:
-    """Return a JPEG with half the width and height, in OpenCV's quality of 95."""
-    pixels: Any = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_REDUCED_COLOR_2)
-    return cv2.imencode(".jpg", pixels)[1].tobytes()
-
-
-def json_size(jpegs: Sequence[bytes]) -> int:
-    """Return the bytes that a JSON batch of JPEGs has at most."""
-    return sum(4 * (len(jpeg) // 3 + 1) + len('"9999": "", ') for jpeg in jpegs) + len("{}")

@@ -68,7 +68,7 @@ class Sampler:
 
     def is_due(self, time_s: float) -> bool:
         """Return whether to choose the frame of this time."""
-        if time_s < self._due - 2 * self._interval_s or time_s == self._time_s:  # A file is repeated, or has one image.
+        if time_s <= self._time_s or time_s < self._due - 2 * self._interval_s:  # A file is repeated.
             self._due = time_s
         self._time_s = time_s
         if time_s < self._due - TOLERANCE * self._interval_s:

@@ -18,6 +18,7 @@ from edge.frames import Frame, Result
 from edge.options import VIDEO_CODECS
 from edge.outputs import Output, open_output
 
+MAX_HELD_FRAMES = 250  # until all models have responded to them
 MAX_STILL_S = 10.0  # One frame is repeated no longer than this, however long the camera was lost.
 DISK_RESERVE = 10_000_000  # bytes that a video leaves free
 DISK_CHECK_FRAMES = 25
@@ -95,7 +96,7 @@ class Video(Output):
             self._frames[frame.number] = frame
         # A camera that drops nothing waits for its slowest model, so the video can wait too.
         is_due = frame.jpeg and frame.camera.drop_policy != "none"
-        self._show_until(frame.number if is_due else min(self._numbers.values()))
+        self._show_until(frame.number if is_due else max(min(self._numbers.values()), frame.number - MAX_HELD_FRAMES))
 
     def _show_until(self, last: float) -> None:
         """Show the frames up to number `last`, each with the latest result of each model for it or a frame before."""

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from demo.node import Node
-from edge.client import MAX_BODY_BYTES
 from edge.errors import ServerError
 from edge.frames import Frame, Result
+from edge.payload import MAX_BODY_BYTES
 from edge.responses import TOO_LARGE
 from edge.timing import Timing
 from tests.support.client import CAMERA, IMAGES, assert_all_answered, frames, new_client, one_by_one, predict

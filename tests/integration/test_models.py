@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from demo.node import Node
-from edge.client import MAX_BODY_BYTES
 from edge.frames import Frame, Result
+from edge.payload import MAX_BODY_BYTES
 from tests.support.client import frames, new_client
 from tests.support.fake_server import FakeServer
 from tests.support.frames import Pixels, frames_of, jpeg, small, write_video

@@ -17,7 +17,8 @@ import requests
 
 from demo.node import NODE_PORTS, Node, free_ports, torchserve
 from demo.proxy import Proxy, nginx, node_config
-from edge.client import MAX_BODY_BYTES, TEST_IMAGE
+from edge.client import TEST_IMAGE
+from edge.payload import MAX_BODY_BYTES
 from tests.support.archives import Archives
 from tests.support.endpoints import INFERENCE, MANAGEMENT, METRICS
 from tests.support.fake_server import FakeServer, fake_server

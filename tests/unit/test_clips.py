@@ -225,6 +225,23 @@ def test_frames_are_chosen_again_when_a_file_is_repeated() -> None:
     assert [[sampler.is_due(time_s) for time_s in times].count(True) for _ in range(3)] == [30, 30, 30]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_very_short_file_that_is_repeated_is_chosen_in_each_pass(count: int) -> None:
+    sampler = Sampler(INTERVAL_S)
+    passes = [[sampler.is_due(number / 25) for number in range(count)] for _ in range(20)]
+    assert all(any(chosen) for chosen in passes)
+
+
+def test_an_age_limit_ends_the_wait_for_the_next_frame_of_a_clip(clock: Clock) -> None:
+    info = ModelInfo(clip_frames=4, frame_rate=15.0)
+    client = cast(TorchServeClient, Mock(frames_per_request=4, max_in_flight=4, info=info))
+    A.drop = "oldest"
+    buffer = new_buffer([A], client, 0.5, threading.Event(), Timing())
+    assert buffer.put(Frame(A, 1, clock.now, b"jpeg", order=1)) is None
+    clock.now += 0.26
+    assert [frame.order for frame in buffer.get_batch(4)] == [1], "it has half of its time left"
+
+
 def test_without_a_rate_all_frames_are_chosen() -> None:
     sampler = Sampler(0.0)
     assert all(sampler.is_due(time_s) for time_s in (5.0, 5.0, 5.1, 5.05, 0.0, 70.0))

@@ -8,11 +8,13 @@ import pytest
 import requests
 from prometheus_client import CollectorRegistry, generate_latest
 
+import server.requests
 from edge.drawing import GREEN, MAX_AGE_S, RED, SKELETON, YELLOW, annotate
 from edge.frames import Frame, Prediction, Result, Stream
 from edge.metrics import StatsCollector
 from edge.options import parse_args
 from edge.outputs import Terminal, as_text
+from edge.payload import MAX_REQUEST_PIXELS, fitting, pixels
 from edge.responses import POSE_ESTIMATION, ModelInfo, parse_response
 from edge.stats import CameraStats, summary
 from tests.support.frames import jpeg
@@ -181,3 +183,14 @@ def test_a_long_line_fits_into_the_frame() -> None:
     image = annotate(frame, results)
     assert (image[:30] < 60).any()
     assert np.abs(image[:, -2:].astype(int) - 128).max() < 10
+
+
+@pytest.mark.parametrize(("height", "width", "divided_by"), [(2160, 3840, 1), (3000, 4000, 2), (1080, 1920, 1)])
+def test_a_clip_of_dark_frames_fits_into_the_pixels_of_a_request(height: int, width: int, divided_by: int) -> None:
+    """The server limits pixels too, and a dark frame has few bytes."""
+    clip = [jpeg(np.zeros((height, width, 3), np.uint8))] * 16
+    assert pixels(clip[0]) == height * width
+    (first, *_) = fitted = fitting(clip)
+    assert len(fitted) == 16
+    assert 16 * pixels(first) <= MAX_REQUEST_PIXELS == server.requests.MAX_REQUEST_PIXELS
+    assert pixels(first) == pytest.approx(height * width / divided_by**2, rel=0.01)
