@@ -33,7 +33,9 @@ TOP_K = 5
 THREADS_PER_WORKER = 1  # TorchServe starts a worker for each core.
 DOWNLOAD_TIMEOUT_S = 5.0
 MIN_SCORE = 0.7  # of a person
-POSE_TIMEOUT_S = 600  # A request of 16 frames takes a core 160 s or more; TorchServe would end the worker after 120.
+POSE_TIMEOUT_S = (
+    600  # A request of 16 frames takes a core 53 s, with AVX2 only 208; TorchServe ends a worker after 120.
+)
 
 
 class ArchiveError(Exception):
@@ -96,6 +98,11 @@ def read_labels(path: Path) -> list[str]:
     return labels
 
 
+def outputs(model: str) -> str:
+    """Return what the labels of a model name."""
+    return "keypoints" if MODELS[model].task == "pose-estimation" else "classes"
+
+
 def network_of(model: str, weights: Path, labels: int) -> torch.nn.Module:
     """Return the network with the weights in it; rejects a file that is no state dict of this architecture."""
     try:
@@ -109,15 +116,18 @@ def network_of(model: str, weights: Path, labels: int) -> torch.nn.Module:
             f"torch.save(model.state_dict()) writes. If it is torch's cached copy, delete it and run again"
         ) from error
     if not isinstance(state, Mapping):
-        raise ArchiveError(
-            f"{weights} holds a {type(state).__name__}, expected a state dict: torch.save(m.state_dict())"
-        )
+        found = type(state).__name__
+        raise ArchiveError(f"{weights} holds a {found}, expected a state dict: torch.save(m.state_dict())")
     try:
         return load_network(model, state, labels)
     except RuntimeError as error:
-        hint = " (for another number of classes pass --labels FILE)" if labels == len(MODELS[model].labels) else ""
+        hint = (
+            f" (for another number of {outputs(model)} pass --labels FILE)"
+            if labels == len(MODELS[model].labels)
+            else ""
+        )
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ArchiveError(f"{weights} does not fit {model} with {labels} classes{hint}: {reason}") from error
+        raise ArchiveError(f"{weights} does not fit {model} with {labels} {outputs(model)}{hint}: {reason}") from error
 
 
 def preprocessing(model: str) -> dict[str, object]:
@@ -245,10 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("create_mar_file.py: interrupted", file=sys.stderr)
         return 130
-    outputs = "keypoints" if model.task == "pose-estimation" else "classes"
-    print(
-        f"{archive}: {args.model}, {len(labels)} {outputs}, for {'JSON batches' if args.client_batching else 'frames'}"
-    )
+    kind = "JSON batches" if args.client_batching else "frames"
+    print(f"{archive}: {args.model}, {len(labels)} {outputs(args.model)}, for {kind}")
     return 0
 
 

@@ -117,7 +117,7 @@ def new_parser() -> argparse.ArgumentParser:
     text += " of the key file (default: port 8081 if --url is on this machine)"
     add("--management-url", type=http_url, metavar="URL", help=text)
     text = "how long the start, and each frame of a file, waits for a server that does not respond"
-    text += " (default: %(default)g)"
+    text += "; the first prediction of a model may take 30 more (default: %(default)g)"
     add("--server-wait", dest="server_wait_s", type=SECONDS, default=30.0, metavar="SECONDS", help=text)
     text = f"requests in flight for each model (default: {BATCHES_IN_FLIGHT} JSON batches or clips; of single frames"
     text += f" {BATCHES_IN_FLIGHT} times --batch_size or TorchServe's batch size, whichever is smaller)"
