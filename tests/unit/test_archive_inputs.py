@@ -141,7 +141,8 @@ def test_weights_of_another_model_are_refused(
 ) -> None:
     assert create_mar_file.main(["--model", model, "--weights", str(weights)]) == 1
     error = capsys.readouterr().err
-    assert f"does not fit {model} with {labels} classes" in error
+    kind = "keypoints" if model.startswith("keypoint") else "classes"
+    assert f"does not fit {model} with {labels} {kind}" in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
