@@ -110,8 +110,7 @@ class TorchServeClient:
         (result,) = responses.parse_response(response, [frame], is_json, self.info.task)
         if result.outcome != "answered":
             raise ServerError(f"{self._url} has no prediction for a test image: {result.error}")
-        if (elapsed_s := response.elapsed.total_seconds()) > timing.slow_s:
-            self._frame_s = min(LOAD_FACTOR * elapsed_s / self.info.clip_frames, timing.max_response_per_frame_s)
+        self._frame_s = self._time_per_frame(response, self.info.clip_frames)
 
     def connect(self) -> None:
         """Wait until the server responds. Raises ServerError if it does not, or does not accept token or model."""
@@ -188,6 +187,8 @@ class TorchServeClient:
         """Parse a response. Whatever happened, each frame gets a result."""
         try:
             response = future.result()
+            if response.ok:  # The test image may have been slower than this model is: the server was busy, or cold.
+                self._frame_s = min(self._frame_s, self._time_per_frame(response, len(request.frames)))
             self._deliver(request, responses.parse_response(response, request.frames, self.is_json, self.info.task))
         except OSError as error:  # requests.RequestException, or a CA bundle that is missing
             self._fail(request, f"no response: {responses.root_cause(error)}")
@@ -221,6 +222,13 @@ class TorchServeClient:
     def _timeouts(self, frames: int) -> tuple[float, float]:
         """Return the connect timeout, and the response timeout of a request of so many frames."""
         return self._timing.connect_s, self._timing.response_timeout_s(self.max_in_flight * frames, self._frame_s)
+
+    def _time_per_frame(self, response: requests.Response, frames: int) -> float:
+        """Return the seconds that a frame may take if the server is as slow as for this response; 0.0 if it is fast."""
+        elapsed_s = response.elapsed.total_seconds()
+        if elapsed_s <= self._timing.slow_s:
+            return 0.0
+        return min(LOAD_FACTOR * elapsed_s / frames, self._timing.max_response_per_frame_s)
 
     def _payload(self, jpegs: Sequence[bytes]) -> dict[str, Any]:
         if not self.is_json:

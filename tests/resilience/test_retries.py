@@ -175,6 +175,22 @@ def test_response_that_never_completes_is_retried_until_the_deadline(fake: FakeS
         assert_all_answered(predict(client, *one_by_one(IMAGES)))
 
 
+@pytest.mark.parametrize("fake", ["good"], indirect=True)
+def test_one_slow_response_allows_no_long_silence(fake: FakeServer, stop: threading.Event) -> None:
+    """The test image may take seconds, because the server is cold. Later responses show how fast it is."""
+    timing = replace(FAST, slow_s=0.2, report_after_s=0.0)
+    with new_client(fake.url, stop, timing, max_in_flight=4) as client:
+        fake.test_image_s = 1.0
+        client.wait_until_ready()
+        assert_all_answered(predict(client, frames(IMAGES[:1])))
+        fake.behaviour = "silent"
+        results: list[Result] = []
+        begin = time.monotonic()
+        client.submit(frames(IMAGES[1:2]), results.append)
+        wait_until(lambda: not client._wait_below(1) and client.health.is_down)
+        assert time.monotonic() - begin < 10.0, "the test image took 1 s: a response may take 40 s"
+
+
 @pytest.mark.parametrize("fake", ["trickle", "headers trickle"], indirect=True)
 def test_responses_that_trickle_keep_no_thread(fake: FakeServer, stop: threading.Event) -> None:
     """In all threads of the pool at once: afterwards each of them works again."""

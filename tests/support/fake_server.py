@@ -34,6 +34,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.bodies: list[bytes] = []  # of the test image and of all requests after it
         self.tokens: set[str | None] = set()
         self.connections: set[tuple[str, int]] = set()  # that carried a request
+        self.test_image_s = 0.0  # that the test image takes
         self.model_headers: dict[str, str] = {}  # of all responses: what the model needs
 
     @property
@@ -65,6 +66,7 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         predictions = [{hashlib.sha256(frame).hexdigest(): 1.0} for frame in frames]
         good = json.dumps(predictions if as_json else predictions[0]).encode()
         behaviour = self.server.behaviour if number else "good"
+        time.sleep(0.0 if number else self.server.test_image_s)
         if behaviour.startswith("first ") and not is_first_time:
             behaviour = "good"
         match behaviour.removeprefix("first "):
