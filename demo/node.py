@@ -110,7 +110,7 @@ def torchserve(
     (folder / "key_file.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
     command += ["--model-store", "model_store", "--ts-config", "node.properties"]
-    command += ["--models", *(f"{model}={model}.mar" for model in models)]
+    command += ["--log-config", str(PROJECT / "log4j2.xml"), "--models", *(f"{model}={model}.mar" for model in models)]
 
     with ExitStack() as cleanup:
         # Not below `folder`: the workers' sockets are created here, and a socket's path must be short.

@@ -13,6 +13,9 @@ from tests.support.archives import Archives
 from tests.support.fake_server import FakeServer, fake_server
 from tests.support.frames import CLIP, Pixels, frames_of, small, write_video
 
+# Tests count the requests that a server got.
+os.environ["TS_ACCESS_LOG"] = "info"
+
 # A test that uses one of these servers runs in the process of pytest-xdist that has it, after the others that use it:
 # it is started once, and none of them sees another one's requests.
 SERVERS = ("node", "gathering_node", "tasks_node", "cluster", "site", "short_tokens")

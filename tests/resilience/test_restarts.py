@@ -14,7 +14,7 @@ import pytest
 
 from demo.node import NODE_PORTS, PROJECT, Node, free_ports, torchserve
 from tests.support.archives import Archives
-from tests.support.nodes import rotate_token
+from tests.support.nodes import requests_answered, rotate_token
 from tests.support.scripts import MODEL, json_lines, running, summary
 
 TOKEN_S = 8.0
@@ -46,7 +46,7 @@ class ShortTokens:
         self._running.close()
 
     def renewals(self) -> int:
-        return self.node.log().count('"GET /token?type=inference')
+        return requests_answered(self.node, "GET /token?type=inference")
 
 
 @pytest.fixture(scope="module")

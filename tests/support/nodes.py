@@ -45,9 +45,14 @@ def post_concurrently(node: Node, model: str, posts: Sequence[Post]) -> list[req
         return list(threads.map(lambda request: send(node, model, request), posts))
 
 
+def requests_answered(node: Node, start: str) -> int:
+    """Return how many requests a node has answered whose method and path begin so."""
+    return (node.folder / "logs" / "access_log.log").read_text().count(f'"{start}')
+
+
 def predictions_asked(node: Node) -> int:
     """Return how many requests for predictions a node has answered."""
-    return node.log().count('"POST /predictions/')
+    return requests_answered(node, "POST /predictions/")
 
 
 def workers(node: Node, model: str) -> dict[int, psutil.Process]:
