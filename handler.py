@@ -16,7 +16,6 @@ Written for Python 3.9, which TorchServe's own image has.
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import time
@@ -38,7 +37,7 @@ from ts.utils.util import load_label_mapping
 sys.path.insert(0, str(Path(__file__).parent))
 from server.images import PILLOW_BLOCK_BYTES, open_image, to_rgb
 from server.models import MODELS, load_network
-from server.requests import Clip, Frame, Rejection, Request, parse_request
+from server.requests import Clip, Frame, Request, parse_request
 from server.tasks import TASKS
 
 # The metrics besides those of TorchServe: kind, unit, and labels besides ModelName.
@@ -51,13 +50,6 @@ METRICS = {
 }
 # Header of each response: how many frames shared the batch of the request's first frame.
 BATCH_HEADER = "X-Forward-Batch-Size"
-# Headers of each response that describe the model: header -> attribute of the task.
-HEADERS = {
-    "X-Model-Task": "name",
-    "X-Model-Max-Frames": "max_request_frames",
-    "X-Model-Clip-Frames": "clip_frames",
-    "X-Model-Frame-Rate": "frame_rate",
-}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -88,8 +80,15 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             for name, (kind, unit, more) in METRICS.items()
         }
         batch_size = context.system_properties["batch_size"]
-        self.headers = {header: str(getattr(self.task, name)) for header, name in HEADERS.items()}
-        self.headers["X-Model-Batch-Size"] = str(batch_size)
+        self.limits = self.task.clip_frames, settings["max_frames"], settings["max_pixels"]
+        self.headers = {  # of each response: what a client has to know of the model
+            "X-Model-Task": self.task.name,
+            "X-Model-Clip-Frames": str(self.task.clip_frames),
+            "X-Model-Frame-Rate": str(self.task.frame_rate),
+            "X-Model-Max-Frames": str(settings["max_frames"]),
+            "X-Model-Max-Pixels": str(settings["max_pixels"]),
+            "X-Model-Batch-Size": str(batch_size),
+        }
         # TorchServe starts a worker for each GPU, or for each core if there is none, and they share the cores. A second
         # thread is of use where the other workers idle, and costs nothing where they don't.
         cores = os.cpu_count() or 1
@@ -117,11 +116,11 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         Returns:
             One response for each request, in the same order, whatever the requests hold.
         """
-        task, headers = self.task, [context.get_all_request_header(index) for index in range(len(data))]
-        requests = [parse_request(*each, task.clip_frames, task.max_request_frames) for each in zip(data, headers)]
+        headers = [context.get_all_request_header(index) for index in range(len(data))]
+        requests = [parse_request(*each, self.limits) for each in zip(data, headers)]
         clips = [clip for request in requests for clip in request.clips]
-        for start in range(0, len(clips), task.max_batch):
-            self.predict(clips[start : start + task.max_batch])
+        for start in range(0, len(clips), size := self.task.max_batch):
+            self.predict(clips[start : start + size])
         return [self.build_response(request, index, context) for index, request in enumerate(requests)]
 
     def predict(self, clips: Sequence[Clip]) -> None:
@@ -169,24 +168,24 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
 
     def postprocess(self, data: Any) -> list[Any]:
         """Return the prediction of each clip from the network's output."""
-        return self.task.postprocess(data)
+        predictions: list[Any] = self.task.postprocess(data)
+        return predictions
 
     def build_response(self, request: Request, index: int, context: Context) -> Any:
         """Return the response to the request number `index`, and set its status and headers."""
         response = request.response()
-        if isinstance(response, Rejection):
-            if request.rejection:
-                self.record_rejections([response.reason])
-            context.set_response_status(response.status, HTTPStatus(response.status).phrase, index)
-            response = json.dumps({"error": response.reason})  # TorchServe would spread a dict over many lines.
+        if request.error:
+            context.set_response_status(request.status, HTTPStatus(request.status).phrase, index)
+        if not request.clips:
+            self.record_rejections([request.error])
         context.set_response_content_type(index, "application/json")
         batch_size = request.clips[0].batch_size if request.clips else 0
         for name, value in {**self.headers, BATCH_HEADER: str(batch_size)}.items():
             context.set_response_header(index, name, value)
         headers = context.get_all_request_header(index)
-        if not any(name.lower() == "host" and isinstance(value, str) for name, value in headers.items()):
-            # It came by gRPC, perhaps as a stream; TorchServe drops the worker if such a response lacks this. (The
-            # parts of a form are among the headers too, as dicts.)
+        if not any(name.lower() == "content-length" and isinstance(value, str) for name, value in headers.items()):
+            # It came by gRPC: TorchServe gives each request over HTTP its length. If it is a stream, TorchServe drops
+            # the worker if this is missing. (The parts of a form, and gRPC's inputs, are among the headers as dicts.)
             context.set_response_header(index, "ts_stream_next", "false")
         return response
 

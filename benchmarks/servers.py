@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import requests
 
+from archive.labels import trained_labels
 from demo.node import PROJECT, NodeError, end, free_ports, torchserve
-from server.models import MODELS
 
 READY_TIMEOUT_S = 180.0
 RAW = {"Content-Type": "application/octet-stream"}
@@ -83,7 +83,7 @@ def original(folder: Path, weights: Path, client_batching: bool) -> Iterator[Ser
     command += ["--model-file", str(here / "model.py"), "--serialized-file", str(weights), "--handler", handler]
     command += ["--export-path", str(folder / "model_store")]
     labels = folder / "index_to_name.json"
-    labels.write_text(json.dumps(dict(enumerate(MODELS["resnet-18"].labels))))
+    labels.write_text(json.dumps(dict(enumerate(trained_labels("resnet-18")))))
     command += ["--extra-files", str(labels)]
     environment = os.environ | {"TMPDIR": str(folder)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -18,7 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from create_mar_file import DownloadError, download_weights
+from archive.downloads import download_weights
+from archive.errors import DownloadError
 from demo.node import PROJECT, NodeError, torchserve
 from demo.proxy import nginx, node_config
 from server.models import MODELS

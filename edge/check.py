@@ -12,7 +12,7 @@ from edge.drawing import labels_of
 from edge.errors import ServerError, SourceError
 from edge.frames import Frame, Result
 from edge.options import Options
-from edge.payload import MAX_BODY_BYTES, MAX_REQUEST_PIXELS, json_size, pixels
+from edge.payload import MAX_BODY_BYTES, json_size, pixels
 from edge.responses import one_line
 from edge.timing import Timing
 
@@ -71,7 +71,7 @@ def check_model(client: TorchServeClient, image: bytes, url: str) -> None:
     print(f"ok    batching: {requests}, {fps:.1f} FPS; {batch}", flush=True)
 
     fitting = (MAX_BODY_BYTES - json_size([])) // (json_size([image]) - json_size([]))
-    fitting = max(1, min(fitting, info.max_frames, MAX_REQUEST_PIXELS // pixels(image)))
+    fitting = max(1, min(fitting, info.max_frames, info.max_pixels // pixels(image)))
     smaller = ", larger clips are sent with half the width and height" if fitting < info.clip_frames else ""
     print(f"ok    request limit: {MAX_BODY_BYTES:,} bytes, a JSON batch of {fitting} such frames{smaller}", flush=True)
 

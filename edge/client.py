@@ -24,7 +24,7 @@ from edge.cameras import Camera
 from edge.errors import ServerError
 from edge.frames import Frame, Result
 from edge.options import BATCHES_IN_FLIGHT, LOOPBACK, Options
-from edge.payload import MAX_BODY_BYTES, fitting, json_size
+from edge.payload import MAX_BODY_BYTES, fitting, is_too_large
 from edge.responses import ModelInfo
 from edge.session import RetrySession, ServerHealth
 from edge.timing import Timing
@@ -154,12 +154,12 @@ class TorchServeClient:
         """Send frames without waiting for the response, in several requests if one would be too large."""
         jpegs: Sequence[bytes] = [frame.jpeg for frame in frames]
         if self.info.clip_frames > 1:
-            jpegs = fitting(jpegs)
-        is_too_large = (json_size(jpegs) if self.is_json else len(jpegs[0])) > MAX_BODY_BYTES
-        if is_too_large and len(frames) == 1:
+            jpegs = fitting(jpegs, self.info.max_pixels)
+        exceeds = is_too_large(jpegs, self.info.max_pixels) if self.is_json else len(jpegs[0]) > MAX_BODY_BYTES
+        if exceeds and len(frames) == 1:
             on_result(Result.failed(frames[0], responses.TOO_LARGE))
             return
-        if is_too_large or len(frames) > self.info.max_frames:
+        if exceeds or len(frames) > self.info.max_frames:
             middle = len(frames) // 2
             self.submit(frames[:middle], on_result)
             self.submit(frames[middle:], on_result)

@@ -15,6 +15,8 @@ from edge.frames import Frame, Result
 
 BATCH_HEADER = "X-Forward-Batch-Size"  # the number of frames in the forward pass; set by handler.py
 MAX_REQUEST_FRAMES = 256  # of a server that states no number, and of a clip
+MAX_REQUEST_PIXELS = 4 * 7680 * 4320  # of a server that states no number
+MIN_REQUEST_PIXELS = 3840 * 2160  # of any server
 POSE_ESTIMATION = "pose-estimation"
 # The server is busy (503: its queue is full), lost a worker (500, 507), or a proxy can't reach it.
 TRANSIENT = frozenset({429, 500, 502, 503, 504, 507})
@@ -27,13 +29,14 @@ class ModelInfo:
     """What the server states of a model in the headers of its responses. The defaults are for one that states nothing.
 
     batch_size: of TorchServe, in requests.
-    max_frames: of a request.
+    max_frames, max_pixels: of a request.
     clip_frames, frame_rate: of a clip, frames a second; a clip of one frame is a single image.
     """
 
     task: str = "image-classification"
     batch_size: int = MAX_REQUEST_FRAMES
     max_frames: int = MAX_REQUEST_FRAMES
+    max_pixels: int = MAX_REQUEST_PIXELS
     clip_frames: int = 1
     frame_rate: float = 0.0
 
@@ -46,16 +49,19 @@ class ModelInfo:
     def of(cls, response: requests.Response) -> "ModelInfo":
         """Return what a response states. Values that no model can need are replaced by the defaults."""
 
-        def number(name: str, default: float) -> float:
+        def number(name: str, default: float, digits: int = 4) -> float:
             text = response.headers.get(f"X-Model-{name}", "")
-            return float(text) if re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", text) else default
+            return float(text) if re.fullmatch(rf"[0-9]{{1,{digits}}}(\.[0-9]{{1,3}})?", text) else default
 
         limits = [int(number(name, MAX_REQUEST_FRAMES)) for name in ("Batch-Size", "Max-Frames")]
         batch_size, max_frames = [min(max(limit, 1), MAX_REQUEST_FRAMES) for limit in limits]
+        max_pixels = int(number("Max-Pixels", MAX_REQUEST_PIXELS, digits=9))
+        max_pixels = min(max(max_pixels, MIN_REQUEST_PIXELS), MAX_REQUEST_PIXELS)
         clip_frames, frame_rate = min(int(number("Clip-Frames", 1)), max_frames), number("Frame-Rate", 0)
         clip = (clip_frames, frame_rate) if clip_frames > 1 and frame_rate > 0 else (1, 0.0)
         task = response.headers.get("X-Model-Task", "")
-        return cls(task if re.fullmatch("[a-z-]{1,40}", task) else cls.task, batch_size, max_frames, *clip)
+        named = task if re.fullmatch("[a-z-]{1,40}", task) else cls.task
+        return cls(named, batch_size, max_frames, max_pixels, *clip)
 
 
 def parse_response(

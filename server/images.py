@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # The formats that are decoded. Pillow knows more, one of which starts a program (EPS), and no camera sends them.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-# Of an image, as many as 8K video has. A small file can state a lot.
-MAX_PIXELS = 7680 * 4320
-# Long edge to short edge. An image of 1 x 65,000 is small until it is resized.
-MAX_ASPECT_RATIO = 32
-# How often a file may contain what is slow to decode, by the bytes the file begins with. Each scan of a JPEG goes over
-# the whole image (a progressive one has about 10), its EXIF blocks are joined one by one, and the texts and profiles of
-# a PNG can grow a thousandfold.
-MAX_PARTS = {
-    b"\xff\xd8": {"scans": (b"\xff\xda", 32), "EXIF blocks": (b"Exif\0\0", 32)},
-    b"\x89PNG": {"texts": (b"iTXt", 4), "compressed texts": (b"zTXt", 4), "colour profiles": (b"iCCP", 4)},
-}
+MAX_PIXELS = 7680 * 4320  # Of an image, as many as 8K video has. A small file can state a lot.
+MAX_ASPECT_RATIO = 32  # Long edge to short edge. An image of 1 x 65,000 is small until it is resized.
+# How often an image may have what is slow to decode. Each scan of a JPEG goes over the whole image (a progressive one
+# has about 10), its EXIF blocks are joined one by one, and the texts and profiles of a PNG can grow a thousandfold.
+JPEG_PARTS = {b"\xff\xda": ("scans", 32), b"\xff\xe1": ("EXIF blocks", 512)}
+PNG_PARTS = {b"iTXt": ("texts", 4), b"zTXt": ("compressed texts", 4), b"iCCP": ("colour profiles", 4)}
+# A segment of a JPEG begins with FF. Within the data of a scan, 00 or D0 to D7 follow it.
+JPEG_SEGMENT, JPEG_END = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]"), b"\xff\xd9"
 # Of Pillow. The C library keeps blocks of its default size, 16 MB: after large images a worker is 0.5 GB larger.
 PILLOW_BLOCK_BYTES = 64 * 2**20
 
@@ -29,10 +29,27 @@ def decode_body(body: Any) -> bytes | bytearray:
     """Return the file of an image that was sent as it is, or as base64 text. Raises ValueError if it is neither."""
     if isinstance(body, (bytes, bytearray)):
         return body
+    if not isinstance(body, str):
+        raise ValueError(f'not a base64 string: {type(body).__name__}, expected {{"0": "<base64 of an image>"}}')
+    # It may be a data URL, have line breaks or the URL-safe alphabet, or lack its padding.
+    text = "".join((body.partition(",")[2] if body.startswith("data:") else body).split()).rstrip("=")
     try:
-        return base64.b64decode(body, validate=True)
-    except (TypeError, ValueError) as error:
+        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+    except ValueError as error:
         raise ValueError(f"not a base64 string: {error}") from error
+
+
+def parts(file: bytes | bytearray) -> Iterator[bytes]:
+    """Yield the markers of a JPEG's segments, or the types of a PNG's chunks, up to the end of the image."""
+    place, part = 8, b""
+    while file.startswith(b"\x89PNG") and place < len(file) and part != b"IEND":
+        part = bytes(file[place + 4 : place + 8])
+        yield part
+        place += 12 + int.from_bytes(file[place : place + 4], "big")
+    place = 2
+    while file.startswith(b"\xff\xd8") and (found := JPEG_SEGMENT.search(file, place)) and found[0] != JPEG_END:
+        yield bytes(found[0])
+        place = found.end() + int.from_bytes(file[found.end() : found.end() + 2], "big")
 
 
 def open_image(file: bytes | bytearray) -> Image.Image:
@@ -40,10 +57,10 @@ def open_image(file: bytes | bytearray) -> Image.Image:
 
     Raises ValueError if the data is not an image, or is too large, too narrow or too slow to decode.
     """
-    for start, parts in MAX_PARTS.items():
-        for name, (part, limit) in parts.items():
-            if file.startswith(start) and (count := file.count(part)) > limit:
-                raise ValueError(f"too many {name}: {count}, expected at most {limit}")
+    counts = Counter(parts(file))
+    for part, (name, limit) in {**JPEG_PARTS, **PNG_PARTS}.items():
+        if counts[part] > limit:
+            raise ValueError(f"too many {name}: {counts[part]}, expected at most {limit}")
     try:
         image = Image.open(io.BytesIO(file), formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -55,17 +72,13 @@ def open_image(file: bytes | bytearray) -> Image.Image:
         raise ValueError(f"too many pixels: {width} x {height}, expected at most {MAX_PIXELS:,} in all")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"too narrow: {width} x {height} pixels, expected at most {MAX_ASPECT_RATIO} to 1")
-    if image.format == "BMP" and image.info["compression"]:
-        raise ValueError("compressed BMP: expected a plain one")  # Pillow takes seconds for it.
+    if image.format == "BMP" and image.info["compression"] in (1, 2):  # run-length encoding: Pillow takes seconds
+        raise ValueError("compressed BMP: expected a plain one")
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image of any mode; return it as RGB, upright as its EXIF orientation says.
-
-    Raises any exception of Pillow's decoders if the data is broken.
-    """
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
+    """Decode an image; return it as RGB, upright as its EXIF says. Raises any exception if the data is broken."""
+    if image.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
         image = image.point(lambda value: value / 256).convert("L")
     return ImageOps.exif_transpose(image).convert("RGB")

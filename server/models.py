@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.models import ResNet18_Weights, resnet18, video
 from torchvision.models.detection import KeypointRCNN, KeypointRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.video import R3D_18_Weights, r3d_18
 from torchvision.ops import FrozenBatchNorm2d
-
-EPS = 1e-5  # of torch.nn.BatchNorm2d
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,6 @@ class Model:
     weights: Any
     has_own_weights: bool = False
 
-    @property
-    def labels(self) -> list[str]:
-        """Return the labels by class index, with underscores for spaces; of a pose network the keypoints' names."""
-        meta = self.weights.meta
-        return [label.replace(" ", "_") for label in meta.get("keypoint_names") or meta["categories"]]
-
 
 def efficientnet_lite0(num_classes: int) -> torch.nn.Module:
     # Imported here, because a server of the other models does not need this package.
@@ -47,21 +39,18 @@ def efficientnet_lite0(num_classes: int) -> torch.nn.Module:
 
 def keypoint_rcnn(num_classes: int) -> torch.nn.Module:
     """Return torchvision's keypointrcnn_resnet50_fpn as torchvision builds it for its trained weights."""
-    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    frozen = partial(FrozenBatchNorm2d, eps=0.0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=frozen)
     network: torch.nn.Module = KeypointRCNN(backbone, num_classes=2, num_keypoints=num_classes)
-    for module in network.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            module.eps = 0.0
     return network
 
 
+IMAGENET = ResNet18_Weights.IMAGENET1K_V1
 MODELS = {
-    "resnet-18": Model("image-classification", resnet18, ResNet18_Weights.IMAGENET1K_V1),
-    "efficientnet-lite0": Model(
-        "image-classification", efficientnet_lite0, ResNet18_Weights.IMAGENET1K_V1, has_own_weights=True
-    ),
+    "resnet-18": Model("image-classification", resnet18, IMAGENET),
+    "efficientnet-lite0": Model("image-classification", efficientnet_lite0, IMAGENET, has_own_weights=True),
     "keypointrcnn-resnet50-fpn": Model("pose-estimation", keypoint_rcnn, KeypointRCNN_ResNet50_FPN_Weights.COCO_V1),
-    "r3d-18": Model("activity-recognition", r3d_18, R3D_18_Weights.KINETICS400_V1),
+    "r3d-18": Model("activity-recognition", video.r3d_18, video.R3D_18_Weights.KINETICS400_V1),
 }
 
 
@@ -71,5 +60,5 @@ def load_network(name: str, state: Mapping[str, torch.Tensor], labels: int) -> t
     # A trained batch normalization counts its batches, and adds eps to the variance. A frozen one does neither.
     counters = {key for key in state.keys() - network.state_dict().keys() if key.endswith("num_batches_tracked")}
     variances = {key.replace("num_batches_tracked", "running_var") for key in counters}
-    network.load_state_dict({key: value + EPS if key in variances else value for key, value in state.items()})
+    network.load_state_dict({key: value + 1e-5 if key in variances else value for key, value in state.items()})
     return network.eval()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.images import MAX_PIXELS, decode_body, open_image
+from server.images import decode_body, open_image
 
-MAX_REQUEST_PIXELS = 4 * MAX_PIXELS  # of all frames of a request
-NO_FRAMES = 'no frames: expected an image, or a JSON object of base64-encoded images: {"0": "...", "1": "..."}'
+NO_FRAMES = 'no frames: expected an image, a form with one file, or JSON: {"0": "<base64 of an image>", "1": "..."}'
+NO_TYPE = "JSON without its content type: expected the header Content-Type: application/json"
 
 
 # An error is kept as text: an exception would keep the code it came through, and with it all of the request, until the
@@ -43,57 +44,67 @@ class Clip:
 
 
 @dataclass
-class Rejection:
-    """Why a request gets no predictions: an HTTP status, and the reason in one line."""
-
-    status: int
-    reason: str
-
-
-@dataclass
 class Request:
-    """The clips of a request, or why it is rejected. is_batch: the response is a list."""
+    """The clips of a request, or its HTTP status and why it is rejected. is_batch: the response is a list."""
 
     clips: list[Clip] = field(default_factory=list)
     is_batch: bool = False
-    rejection: Rejection | None = None
+    status: int = 200
+    error: str = ""
 
     def response(self) -> Any:
-        """Return the predictions of the frames as they are sent, or a Rejection."""
-        if self.rejection:
-            return self.rejection
+        """Return the predictions of the frames in the order sent. Without any the request is rejected."""
         results = [result for clip in self.clips for result in clip.results()]
         errors = [frame.error for clip in self.clips for frame in clip.frames if frame.error]
-        if len(errors) < len(results):
-            return results if self.is_batch else results[0]
-        which = f"none of {len(results)} frames can be read; the first: " if self.is_batch else ""
-        return Rejection(400, which + errors[0])
+        if results and len(errors) == len(results):
+            which = f"none of {len(results)} frames can be read; the first: " if self.is_batch else ""
+            self.status, self.error = 400, which + errors[0]
+        if self.error:
+            return json.dumps({"error": self.error})  # TorchServe would spread a dict over many lines.
+        return results if self.is_batch else results[0]
 
 
-def parse_request(row: dict[str, Any], headers: dict[str, Any], clip_frames: int, max_frames: int) -> Request:
-    """Return a request of at most `max_frames` frames, in clips of `clip_frames`.
+def parse_request(row: dict[str, Any], headers: dict[str, Any], limits: tuple[int, int, int]) -> Request:
+    """Return a request.
 
-    row: what TorchServe has of the request, with its body under "body", or under "data" if it came as a form.
+    row: what TorchServe has of the request: its body under "body", or the parts of a form under their names.
+    limits: the frames of a clip, of a request at most, and the pixels of a request at most.
     """
-    body = row.get("data", row.get("body"))
+    clip_frames, max_frames, max_pixels = limits
+    types = {name: value["content-type"] for name, value in headers.items() if isinstance(value, dict)}
+    files = [name for name, kind in types.items() if kind and name in row]
+    name = next((name for name in ("data", "body") if name in row), files[0] if len(files) == 1 else "")
+    # TorchServe takes JSON of curl, which has the type of a form, for the name of a part.
+    body = row[name] if name else next(iter(row), "")
     if "True" in (headers.get("explain"), headers.get("describe")):
-        return Request(rejection=Rejection(400, "not explained: there are predictions only"))
-    files = list(body.values()) if isinstance(body, dict) else [body]
-    if not files or not isinstance(body, (dict, bytes, bytearray)):
-        return Request(rejection=Rejection(400, NO_FRAMES))
-    if len(files) > max_frames:
-        reason = f"too many frames: {len(files)}, expected at most {max_frames} in a request"
-        return Request(rejection=Rejection(413, reason))
-    frames, pixels = [Frame(b"") for _ in files], 0
-    for frame, file in zip(frames, files):
+        return Request(status=400, error="not explained: there are predictions only")
+    images = list(body.values()) if isinstance(body, dict) else [body]
+    if not images or not isinstance(body, (dict, bytes, bytearray)):
+        return Request(status=400, error=(isinstance(body, str) and json_error(body, "")) or NO_FRAMES)
+    if len(images) > max_frames:
+        return Request(status=413, error=f"too many frames: {len(images)}, expected at most {max_frames} in a request")
+    frames, pixels = [Frame(b"") for _ in images], 0
+    for frame, image in zip(frames, images):
         try:
-            frame.file = decode_body(file)
-            with open_image(frame.file) as image:
-                pixels += image.width * image.height  # Closed again: what Pillow keeps of it can be large.
-        except ValueError as error:
-            frame.file, frame.error = b"", str(error)
-        if pixels > MAX_REQUEST_PIXELS:
-            reason = f"too many pixels in a request: over {MAX_REQUEST_PIXELS:,}, send fewer or smaller frames"
-            return Request(rejection=Rejection(413, reason))
+            frame.file = decode_body(image)
+            with open_image(frame.file) as opened:
+                pixels += opened.width * opened.height  # Closed again: what Pillow keeps of it can be large.
+        except ValueError as problem:
+            frame.file, frame.error = b"", str(problem)
+        if pixels > max_pixels:
+            error = f"too many pixels in a request: over {max_pixels:,}, send fewer or smaller frames"
+            return Request(status=413, error=error)
+    if body is images[0] and frames[0].error.startswith("not an image"):
+        frames[0].error = json_error(body, types.get(name, "")) or frames[0].error
     clips = [Clip(frames[start : start + clip_frames]) for start in range(0, len(frames), clip_frames)]
     return Request(clips, isinstance(body, dict))
+
+
+def json_error(body: Any, content_type: str) -> str:
+    """Return why a body that is JSON did not arrive as JSON; "" if it is something else."""
+    try:
+        if "json" in content_type.lower():
+            json.loads(body.decode())
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return NO_TYPE if body.lstrip()[:1] in ("{", "[", b"{", b"[") else ""

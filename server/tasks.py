@@ -24,7 +24,7 @@ class ImageClassification:
     clip_frames = 1
     frame_rate = 0.0  # frames a second, of clips only
     max_batch = 32  # clips in a forward pass: more gain nothing on a CPU, and take memory
-    max_request_frames = 256  # and some 10 seconds' work of a core; TorchServe's 6.5 MB allow 57 of 640 x 480
+    max_frames = 256  # of a request: some 10 seconds' work of a core; TorchServe's 6.5 MB allow 57 of 640 x 480
     memory_format = torch.channels_last
 
     def __init__(self, settings: dict[str, Any], labels: Sequence[str]) -> None:
@@ -32,13 +32,11 @@ class ImageClassification:
         self.labels = labels
         self.top_k = min(settings["top_k"], len(labels))
         preprocessing = settings["preprocessing"]
-        interpolation = v2.InterpolationMode(preprocessing["interpolation"])
-        self.crop = v2.Compose(
-            [v2.Resize(preprocessing["resize"], interpolation), v2.CenterCrop(preprocessing["crop"]), v2.PILToTensor()]
-        )
-        self.normalize = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing["mean"], preprocessing["std"])]
-        )
+        self.interpolation = v2.InterpolationMode(preprocessing["interpolation"])
+        self.center = v2.CenterCrop(preprocessing["crop"])
+        self.crop = v2.Compose([v2.Resize(preprocessing["resize"], self.interpolation), self.center, v2.PILToTensor()])
+        normalize = v2.Normalize(preprocessing["mean"], preprocessing["std"])
+        self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), normalize])
 
     def prepare(self, network: torch.nn.Module) -> torch.nn.Module:
         """Fuse each convolution with the batch normalization behind it (not EfficientNet-Lite0's, of its own kind)."""
@@ -49,8 +47,7 @@ class ImageClassification:
 
         Tensors are resized in a fifth of the time, but EfficientNet-Lite0's probabilities change by more than 0.001.
         """
-        cropped: torch.Tensor = self.crop(image)
-        return cropped
+        return self.crop(image)  # type: ignore[no-any-return]
 
     def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, dtype: torch.dtype) -> Any:
         """Return the batch of some clips, on the device and as the network takes it."""
@@ -76,10 +73,8 @@ class ActivityRecognition(ImageClassification):
     def __init__(self, settings: dict[str, Any], labels: Sequence[str]) -> None:
         super().__init__(settings, labels)
         # As torchvision's transforms of video do it: resized as a tensor, and not smoothed.
-        preprocessing = settings["preprocessing"]
-        interpolation = v2.InterpolationMode(preprocessing["interpolation"])
-        resize = transforms.Resize(preprocessing["resize"], interpolation, antialias=False)
-        self.crop = transforms.Compose([transforms.PILToTensor(), resize, transforms.CenterCrop(preprocessing["crop"])])
+        resize = transforms.Resize(settings["preprocessing"]["resize"], self.interpolation, antialias=False)
+        self.crop = v2.Compose([v2.PILToTensor(), resize, self.center])
 
     def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, dtype: torch.dtype) -> Any:
         """Return (clips, 3, clip_frames, crop, crop); a shorter clip is padded with its last frame."""
@@ -88,12 +83,8 @@ class ActivityRecognition(ImageClassification):
         return self.normalize(batch).transpose(1, 2).to(dtype, memory_format=self.memory_format)
 
 
-class BySize(torch.nn.Module):
-    """Runs a network once for each size of frames: padded to one size, they would change each other's predictions."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
+class BySize(torch.nn.Sequential):
+    """Runs its network once for each size of frames: padded to one size, they would change each other's predictions."""
 
     def forward(self, frames: Sequence[torch.Tensor]) -> list[Any]:
         outputs: dict[int, Any] = {}
@@ -102,7 +93,7 @@ class BySize(torch.nn.Module):
             count = max(1, MAX_PIXELS // (shape[1] * shape[2]))  # So many pixels take 400 MB, and again 400 in between.
             for part in (indices[start : start + count] for start in range(0, len(indices), count)):
                 batch = [v2.functional.to_dtype(frames[index], torch.float32, scale=True) for index in part]
-                outputs.update(zip(part, self.network(batch)))
+                outputs.update(zip(part, self[0](batch)))
         return [outputs[index] for index in range(len(frames))]
 
 
@@ -113,7 +104,7 @@ class PoseEstimation:
     clip_frames = 1
     frame_rate = 0.0
     max_batch = 4  # as many frames take 2 GB, and more gain nothing on a CPU
-    max_request_frames = 16  # minutes of a core
+    max_frames = 16  # of a request: minutes of a core
 
     def __init__(self, settings: dict[str, Any], labels: Sequence[str]) -> None:
         self.keypoints = labels
@@ -128,8 +119,7 @@ class PoseEstimation:
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Return an RGB image as (3, height, width) uint8. The network itself resizes it, and its predictions back."""
-        frame: torch.Tensor = v2.functional.pil_to_tensor(image)
-        return frame
+        return v2.functional.pil_to_tensor(image)  # type: ignore[no-any-return]
 
     def collate(self, clips: Sequence[list[torch.Tensor]], device: torch.device, _: torch.dtype) -> Any:
         """Return the list of frames, which may have different sizes. The network is one of float32."""
@@ -148,6 +138,4 @@ class PoseEstimation:
                 yield {"score": score, "box": box, "keypoints": {name: [x, y, s] for name, (x, y, _), s in keypoints}}
 
 
-TASKS: dict[str, type[ImageClassification] | type[PoseEstimation]] = {
-    task.name: task for task in (ImageClassification, PoseEstimation, ActivityRecognition)
-}
+TASKS: dict[str, Any] = {task.name: task for task in (ImageClassification, PoseEstimation, ActivityRecognition)}

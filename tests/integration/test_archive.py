@@ -16,6 +16,8 @@ import torch
 import yaml
 
 import create_mar_file
+from archive.downloads import TIMEOUT_S, download_weights
+from archive.errors import DownloadError
 from demo.node import PROJECT, free_ports
 from server.models import MODELS
 from tests.support.archives import Archives
@@ -182,7 +184,7 @@ def test_unreachable_download_says_what_to_do(
     model: str,
     file: str,
 ) -> None:
-    """A silent network is given up after DOWNLOAD_TIMEOUT_S, long before the test's own timeout."""
+    """A silent network is given up after TIMEOUT_S, long before the test's own timeout."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if network == "silent":
@@ -195,7 +197,7 @@ def test_unreachable_download_says_what_to_do(
         begin = time.monotonic()
         assert create_mar_file.main(["--model", model]) == 3
         if network == "silent":
-            assert time.monotonic() - begin >= create_mar_file.DOWNLOAD_TIMEOUT_S
+            assert time.monotonic() - begin >= TIMEOUT_S
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"can't download https://download.pytorch.org/models/{file} (" in error
     assert f"Copy that file to {tmp_path / 'torch' / 'hub' / 'checkpoints' / file}, or pass --weights FILE" in error
@@ -234,15 +236,15 @@ def test_download_is_checked_and_cached(tmp_path: Path, file_server: str, monkey
     for published in (name, "net-00000000.pth"):
         (tmp_path / "www" / published).write_bytes(content)
 
-    cached = create_mar_file.download_weights(f"{file_server}/{name}")
+    cached = download_weights(f"{file_server}/{name}")
     assert cached == tmp_path / "torch" / "hub" / "checkpoints" / name
     assert cached.read_bytes() == content
 
     (tmp_path / "www" / name).unlink()
-    assert create_mar_file.download_weights(f"{file_server}/{name}") == cached
+    assert download_weights(f"{file_server}/{name}") == cached
 
-    with pytest.raises(create_mar_file.DownloadError, match="invalid hash"):
-        create_mar_file.download_weights(f"{file_server}/net-00000000.pth")
-    with pytest.raises(create_mar_file.DownloadError, match="404"):
-        create_mar_file.download_weights(f"{file_server}/net-11111111.pth")
+    with pytest.raises(DownloadError, match="invalid hash"):
+        download_weights(f"{file_server}/net-00000000.pth")
+    with pytest.raises(DownloadError, match="404"):
+        download_weights(f"{file_server}/net-11111111.pth")
     assert list(cached.parent.iterdir()) == [cached]

@@ -15,7 +15,7 @@ import requests
 from demo.node import Node
 from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.fuzz_handler import assert_harmless, seeds
-from tests.support.hostile import BAD_JSON, CAT, NO_BATCH, bad_frames, excesses
+from tests.support.hostile import BAD_JSON, CAT, NO_BATCH, NO_TYPE, bad_frames, excesses
 from tests.support.nodes import BATCH_HEADER, Post, post, post_concurrently, send, workers
 
 MODEL = "resnet-18"
@@ -43,7 +43,7 @@ def odd_requests() -> Iterator[Any]:
     yield pytest.param(Post(good, JSON), 200, "", id="image that calls itself JSON")
     yield pytest.param(Post(good, {"Content-Type": "text/plain; charset=x"}), 200, "", id="calls itself text")
     yield pytest.param(Post(b"words", {"Content-Type": "text/plain"}), 400, NO_BATCH, id="text")
-    yield pytest.param(Post(b"\xff\xfe{}", JSON | {"X": "\xe4 " * 900}), 400, "not an image", id="odd headers")
+    yield pytest.param(Post(b"\xff\xfe{}", JSON | {"X": "\xe4 " * 900}), 400, "not JSON: ", id="odd headers")
     yield pytest.param(Post(good, {"Content-Type": ";;;=", "X-Empty": ""}), 200, "", id="odd content type")
     yield pytest.param(Post(good, {"ts_stream_next": "true", "data": "x"}), 200, "", id="TorchServe's headers")
     form = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -52,8 +52,14 @@ def odd_requests() -> Iterator[Any]:
     boundary = {"Content-Type": "multipart/form-data; boundary=x"}
     part = b'--x\r\nContent-Disposition: form-data; name="%b"; filename="f"\r\nContent-Type: image/jpeg\r\n\r\n%b\r\n'
     yield pytest.param(Post(part % (b"data", b"none") + b"--x--\r\n", boundary), 400, "not an image", id="part")
-    other = part % (b"other", good) + b"--x--\r\n"
-    yield pytest.param(Post(other, boundary), 400, NO_BATCH, id="part of another name")
+    end, note = b"--x--\r\n", b'--x\r\nContent-Disposition: form-data; name="note"\r\n\r\nfront door\r\n'
+    yield pytest.param(Post(part % (b"file", good) + end, boundary), 200, "", id="part of another name")
+    yield pytest.param(Post(note + part % (b"image", good) + end, boundary), 200, "", id="the only file of a form")
+    two = part % (b"one", good) + part % (b"two", good) + end
+    yield pytest.param(Post(two, boundary), 400, NO_BATCH, id="two files")
+    batch = json.dumps(as_json(good)).encode()
+    for kind in ("", "text/plain", "application/octet-stream", "application/JSON", form["Content-Type"]):
+        yield pytest.param(Post(batch, {"Content-Type": kind}), 400, NO_TYPE, id=f"JSON as {kind or 'nothing'}")
 
 
 @pytest.mark.parametrize(("request_", "status", "reason"), list(odd_requests()))

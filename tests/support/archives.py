@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 
 import create_mar_file
-from server.models import MODELS
+from archive.labels import trained_labels
 from tests.support.networks import RANDOM, random_resnet18
 
 BUILD_TIMEOUT_S = 300.0
@@ -115,7 +115,7 @@ def unpacked_archive(folder: Path, *flags: str, network: torch.nn.Module | None 
     network: the trained network, a random ResNet-18 unless `flags` name another model.
     """
     args = create_mar_file.parse_args(list(flags))
-    labels = MODELS[args.model].labels
+    labels = trained_labels(args.model)
     config: dict[str, Any] = create_mar_file.model_config(args)
     config["handler"]["preprocessing"] |= TINY[args.model] if is_tiny else {}
     torch.save((network or random_resnet18(len(labels))).state_dict(), folder / "network.pth")

@@ -79,7 +79,7 @@ def bad_frames() -> dict[str, tuple[bytes, str]]:
         "scans": (many_scans(5_700, 20_000), "too many scans: "),
         "EXIF blocks": (
             encoded(CAT, "JPEG")[:2] + b"\xff\xe1\0\x08Exif\0\0" * 50_000 + encoded(CAT, "JPEG")[2:],
-            "too many EXIF blocks: 50000, expected at most 32",
+            "too many EXIF blocks: 50000, expected at most 512",
         ),
         "texts": (many_chunks(b"iTXt", 60), "too many texts: 60, expected at most 4"),
         "compressed texts": (many_chunks(b"zTXt", 60), "too many compressed texts: 60, expected at most 4"),
@@ -90,7 +90,8 @@ def bad_frames() -> dict[str, tuple[bytes, str]]:
     }
 
 
-NO_BATCH = "expected an image, or a JSON object of base64-encoded images"
+NO_BATCH = "no frames: expected an image, a form with one file, or JSON: "
+NO_TYPE = "JSON without its content type: expected the header Content-Type: application/json"
 BAD_JSON = {
     "list": ("[1, 2]", NO_BATCH),
     "number": ("17", NO_BATCH),
@@ -98,13 +99,17 @@ BAD_JSON = {
     "string": ('"text"', NO_BATCH),
     "no frames": ("{}", NO_BATCH),
     "long list": (json.dumps([1] * 1_000_000), NO_BATCH),
-    "broken": ('{"0": ', "not an image"),
-    "nothing": ("", "not an image"),
-    "deep": ("[" * 1_000_000, "not an image"),
-    "deep object": ('{"0":' * 100_000 + "1" + "}" * 100_000, "not an image"),
-    "long number": ('{"0": ' + "1" * 1_000_000 + "}", "not an image"),
-    "numbers": ('{"0": 5, "1": NaN}', "none of 2 frames can be read; the first: not a base64 string"),
-    "nested": ('{"0": {"1": "QQ=="}}', "not a base64 string"),
+    "broken": ('{"0": ', "not JSON: Expecting value: line 1 column 7 (char 6)"),
+    "nothing": ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
+    "single quotes": ("{'0': 'QQ=='}", "not JSON: Expecting property name enclosed in double quotes"),
+    "byte order mark": ('\ufeff{"0": "QQ=="}', "not JSON: Unexpected UTF-8 BOM"),
+    "deep": ("[" * 1_000_000, "not JSON: maximum recursion depth exceeded"),
+    "deep object": ('{"0":' * 100_000 + "1" + "}" * 100_000, "not JSON: maximum recursion depth exceeded"),
+    "long number": ('{"0": ' + "1" * 1_000_000 + "}", "not JSON: Exceeds the limit"),
+    "numbers": ('{"0": 5, "1": NaN}', "none of 2 frames can be read; the first: not a base64 string: int, expected"),
+    "nested": ('{"0": {"1": "QQ=="}}', "not a base64 string: dict, expected"),
+    "KServe": ('{"instances": [{"b64": "QQ=="}]}', 'list, expected {"0": "<base64 of an image>"}'),
+    "pixels": ('{"data": [[[0, 0, 0]]]}', 'list, expected {"0": "<base64 of an image>"}'),
     "no base64": ('{"0": "%%%"}', "not a base64 string"),
     "no ASCII": ('{"0": "\\u00df\\ud800"}', "not a base64 string"),
     "huge string": (json.dumps({"0": "A" * 6_000_000}), "not an image"),

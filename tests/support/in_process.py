@@ -14,7 +14,8 @@ from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from handler import VideoFrameHandler
 
-HTTP = {"host": "127.0.0.1"}  # a header that every request over HTTP has
+HTTP: dict[str, Any] = {"content-length": "1"}  # a header that every request over HTTP has
+JSON = HTTP | {"body": {"content-type": "application/json"}}  # and TorchServe's note of the body's type
 
 
 class Model:
@@ -47,7 +48,7 @@ class Model:
             self.handler = VideoFrameHandler()
             self.handler.initialize(self.context)
 
-    def answers(self, bodies: Sequence[Any], headers: Mapping[str, str] = HTTP) -> list[Any]:
+    def answers(self, bodies: Sequence[Any], headers: Mapping[str, Any] = HTTP) -> list[Any]:
         """Return the response to each request's body, as TorchServe would get it; statuses are in the context."""
         self.context.request_processor = [RequestProcessor(dict(headers)) for _ in bodies]
         return self.handler.handle([{"body": body} for body in bodies], self.context)

@@ -67,7 +67,7 @@ def write_bad_weights(kind: str, path: Path) -> None:
         ("truncated", "can't load"),
         ("code", "can't load"),
         ("module", "can't load"),
-        ("tensor", "expected a state dict"),
+        ("tensor", "holds a Tensor: expected what torch.save(model.state_dict(), FILE) writes"),
         ("another network", "does not fit resnet-18 with 1000 classes"),
         ("another head", "pass --labels FILE"),
     ],

@@ -3,11 +3,11 @@
 import pytest
 from PIL import Image
 
-from server.images import MAX_PARTS
+from server.images import JPEG_PARTS
 from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.fuzz_handler import Subject, near
 from tests.support.hostile import BAD_JSON, as_torchserve_parses, bad_frames, excesses, many_scans
-from tests.support.in_process import Model
+from tests.support.in_process import JSON, Model
 from tests.support.nodes import BATCH_HEADER
 
 
@@ -19,7 +19,7 @@ def test_broken_frame_costs_only_itself(subject: Subject) -> None:
 
 def test_broken_json_costs_only_itself(subject: Subject) -> None:
     for name, (text, reason) in BAD_JSON.items():
-        assert reason in subject.try_body(as_torchserve_parses(text)), name
+        assert reason in subject.try_body(as_torchserve_parses(text), JSON), name
         assert subject.statuses[1] == 400, name
 
 
@@ -47,7 +47,7 @@ def test_bad_frames_of_a_json_batch_cost_only_themselves(model: Model, clip: lis
 
 def test_as_many_frames_as_a_request_may_hold(subject: Subject, clip: list[Pixels]) -> None:
     model, task = subject.model, subject.model.handler.task
-    count = task.max_request_frames
+    count = task.max_frames
     images = [encoded(Image.fromarray(frame).resize((64, 48)), "JPEG") for frame in clip[: count + 1]]
     [answers] = model.answers([as_json(*images[:-1])])
     assert model.statuses() == [200]
@@ -61,7 +61,7 @@ def test_as_many_frames_as_a_request_may_hold(subject: Subject, clip: list[Pixel
 
 
 def test_jpeg_of_as_many_scans_as_it_may_have_is_a_frame(model: Model) -> None:
-    _, most = MAX_PARTS[b"\xff\xd8"]["scans"]
+    _, most = JPEG_PARTS[b"\xff\xda"]
     image = many_scans(500, 0)
     scans = image.count(b"\xff\xda")
     assert 3 < scans < most / 2

@@ -8,14 +8,14 @@ import pytest
 import requests
 from prometheus_client import CollectorRegistry, generate_latest
 
-import server.requests
+import create_mar_file
 from edge.drawing import GREEN, MAX_AGE_S, RED, SKELETON, YELLOW, annotate
 from edge.frames import Frame, Prediction, Result, Stream
 from edge.metrics import StatsCollector
 from edge.options import parse_args
 from edge.outputs import Terminal, as_text
-from edge.payload import MAX_REQUEST_PIXELS, fitting, pixels
-from edge.responses import POSE_ESTIMATION, ModelInfo, parse_response
+from edge.payload import fitting, pixels
+from edge.responses import MAX_REQUEST_PIXELS, POSE_ESTIMATION, ModelInfo, parse_response
 from edge.stats import CameraStats, summary
 from tests.support.frames import jpeg
 from tests.support.results import CAT, FILE, LIVE, result
@@ -35,10 +35,16 @@ def response(body: Any, **headers: str) -> requests.Response:
 
 def test_a_server_states_what_its_model_needs() -> None:
     made = response(
-        {}, Task="activity-recognition", Batch_Size="1", Max_Frames="200", Clip_Frames="16", Frame_Rate="15.0"
+        {},
+        Task="activity-recognition",
+        Batch_Size="1",
+        Max_Frames="200",
+        Max_Pixels="33177600",
+        Clip_Frames="16",
+        Frame_Rate="15.0",
     )
     info = ModelInfo.of(made)
-    assert info == ModelInfo("activity-recognition", 1, 200, 16, 15.0)
+    assert info == ModelInfo("activity-recognition", 1, 200, 33_177_600, 16, 15.0)
     assert info.interval_s == pytest.approx(1 / 15)
     assert ModelInfo.of(response({})) == ModelInfo()
     assert ModelInfo().interval_s == 0.0
@@ -47,11 +53,12 @@ def test_a_server_states_what_its_model_needs() -> None:
 @pytest.mark.parametrize("value", ["", "-1", "1e9", "99999", "nan", "inf", "0", "sixteen", "1;2"])
 def test_what_no_model_can_need_is_ignored(value: str) -> None:
     """A server can't have this device collect clips without a limit, or none at all."""
-    headers = dict.fromkeys(("Batch_Size", "Max_Frames", "Clip_Frames", "Frame_Rate"), value)
+    headers = dict.fromkeys(("Batch_Size", "Max_Frames", "Max_Pixels", "Clip_Frames", "Frame_Rate"), value)
     info = ModelInfo.of(response({}, **headers))
     assert (info.clip_frames, info.frame_rate) == (1, 0.0)
     assert 1 <= info.batch_size <= 256
     assert 1 <= info.max_frames <= 256
+    assert 3840 * 2160 <= info.max_pixels <= MAX_REQUEST_PIXELS
     assert ModelInfo.of(response({}, Clip_Frames=value, Frame_Rate="15")).clip_frames == 1
     assert ModelInfo.of(response({}, Clip_Frames="5000", Frame_Rate="15")).clip_frames == 256
 
@@ -190,7 +197,7 @@ def test_a_clip_of_dark_frames_fits_into_the_pixels_of_a_request(height: int, wi
     """The server limits pixels too, and a dark frame has few bytes."""
     clip = [jpeg(np.zeros((height, width, 3), np.uint8))] * 16
     assert pixels(clip[0]) == height * width
-    (first, *_) = fitted = fitting(clip)
+    (first, *_) = fitted = fitting(clip, MAX_REQUEST_PIXELS)
     assert len(fitted) == 16
-    assert 16 * pixels(first) <= MAX_REQUEST_PIXELS == server.requests.MAX_REQUEST_PIXELS
+    assert 16 * pixels(first) <= MAX_REQUEST_PIXELS == create_mar_file.MAX_REQUEST_PIXELS
     assert pixels(first) == pytest.approx(height * width / divided_by**2, rel=0.01)

@@ -137,7 +137,7 @@ def test_large_frames_take_several_passes_and_each_size_its_own(monkeypatch: pyt
         return [frame[0, 0, 0].item() for frame in frames]
 
     by_size = BySize(torch.nn.Identity())
-    monkeypatch.setattr(by_size.network, "forward", network)
+    monkeypatch.setattr(by_size[0], "forward", network)
     shapes = [(3, 2000, 4000), (3, 20, 30), (3, 2000, 4000), (3, 4320, 7680), (3, 20, 30), *[(3, 2000, 4000)] * 4]
     frames = [torch.full(shape, number, dtype=torch.uint8) for number, shape in enumerate(shapes)]
     assert by_size(frames) == pytest.approx([number / 255 for number in range(len(shapes))])

@@ -1,0 +1,1 @@
+"""What create_mar_file.py needs: the weights and labels that users have."""
