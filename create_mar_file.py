@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         network, changes = network_of(args.model, weights, len(labels))
         archive = write_archive(Path("model_store"), args.model, network, labels, model_config(args))
     except ArchiveError as error:
-        print(f"create_mar_file.py: {error}", file=sys.stderr)
+        print(f"create_mar_file.py: {' '.join(str(error).split())}", file=sys.stderr)  # One line, whatever files hold.
         return error.exit_code
     except OSError as error:
         print(f"create_mar_file.py: can't write the archive into model_store: {error}", file=sys.stderr)

@@ -119,7 +119,8 @@ def torchserve(
         process = psutil.Popen(
             command,
             cwd=folder,
-            env=os.environ
+            # TS_CONFIG_FILE would have precedence over --ts-config.
+            env={name: value for name, value in os.environ.items() if name != "TS_CONFIG_FILE"}
             | java_environment()
             | {"TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
             | (environment or {}),

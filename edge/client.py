@@ -109,7 +109,8 @@ class TorchServeClient:
         frame = Frame(TEST_CAMERA, 1, time.monotonic(), TEST_IMAGE)
         (result,) = responses.parse_response(response, [frame], is_json, self.info.task)
         if result.outcome != "answered":
-            raise ServerError(f"{self._url} has no prediction for a test image: {result.error}")
+            advice = f"; {responses.WORKERS}" if response.status_code in responses.TRANSIENT else ""
+            raise ServerError(f"{self._url} has no prediction for a test image: {result.error}{advice}")
         self._frame_s = self._time_per_frame(response, self.info.clip_frames)
 
     def connect(self) -> None:

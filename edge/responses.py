@@ -22,6 +22,7 @@ POSE_ESTIMATION = "pose-estimation"
 TRANSIENT = frozenset({429, 500, 502, 503, 504, 507})
 TOO_LARGE = "413 the request is larger than the server accepts: use a smaller --batch_size or --resize"
 MAX_ERROR_CHARACTERS = 300
+WORKERS = "if the workers of the model can't start, TorchServe's logs/model_log.log has the cause"
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ def connection_error(url: str, error: OSError) -> ServerError:
     cause = root_cause(error)
     if is_permanent(error):
         return ServerError(f"no trusted TLS connection to {url}: {cause} (REQUESTS_CA_BUNDLE names what to trust)")
+    if isinstance(error, requests.ReadTimeout):
+        return ServerError(f"the server at {url} does not respond ({cause}): {WORKERS}")
     if isinstance(error, requests.ConnectionError | requests.Timeout):
         return ServerError(f"no server at {url} ({cause}): start TorchServe, or pass its address as --url")
     return ServerError(f"can't use {url}: {cause}")

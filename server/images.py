@@ -7,6 +7,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,12 +18,11 @@ MAX_PIXELS = 7680 * 4320  # Of an image, as many as 8K video has. A small file c
 MAX_ASPECT_RATIO = 32  # Long edge to short edge. An image of 1 x 65,000 is small until it is resized.
 # How often an image may have what is slow to decode. Each scan of a JPEG goes over the whole image (a progressive one
 # has about 10), its EXIF blocks are joined one by one, and the texts and profiles of a PNG can grow a thousandfold.
+MAX_PARTS = 10_000
 JPEG_PARTS = {b"\xff\xda": ("scans", 32), b"\xff\xe1": ("EXIF blocks", 512)}
 PNG_PARTS = {b"iTXt": ("texts", 4), b"zTXt": ("compressed texts", 4), b"iCCP": ("colour profiles", 4)}
-# A segment of a JPEG begins with FF. Within the data of a scan, 00 or D0 to D7 follow it.
-JPEG_SEGMENT, JPEG_END = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]"), b"\xff\xd9"
-# Of Pillow. The C library keeps blocks of its default size, 16 MB: after large images a worker is 0.5 GB larger.
-PILLOW_BLOCK_BYTES = 64 * 2**20
+# The markers that have a length in libjpeg and in Pillow. Behind others nothing is skipped: it could hide scans.
+JPEG_SEGMENT, JPEG_END = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe]"), b"\xff\xd9"
 
 
 def decode_body(body: Any) -> bytes | bytearray:
@@ -31,10 +31,10 @@ def decode_body(body: Any) -> bytes | bytearray:
         return body
     if not isinstance(body, str):
         raise ValueError(f'not a base64 string: {type(body).__name__}, expected {{"0": "<base64 of an image>"}}')
-    # It may be a data URL, have line breaks or the URL-safe alphabet, or lack its padding.
-    text = "".join((body.partition(",")[2] if body.startswith("data:") else body).split()).rstrip("=")
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+    try:  # It may be a data URL, have line breaks or the URL-safe alphabet, or lack its padding.
+        text = (body.partition(",")[2] if body[:20].lstrip().lower().startswith("data:") else body).encode()
+        text = text.translate(bytes.maketrans(b"-_", b"+/"), b"\r\n\t").rstrip(b"=")
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except ValueError as error:
         raise ValueError(f"not a base64 string: {error}") from error
 
@@ -57,16 +57,18 @@ def open_image(file: bytes | bytearray) -> Image.Image:
 
     Raises ValueError if the data is not an image, or is too large, too narrow or too slow to decode.
     """
-    counts = Counter(parts(file))
-    for part, (name, limit) in {**JPEG_PARTS, **PNG_PARTS}.items():
+    counts = Counter(islice(parts(file), MAX_PARTS + 1))
+    counts[b""] = sum(counts.values())
+    for part, (name, limit) in {**JPEG_PARTS, **PNG_PARTS, b"": ("parts", MAX_PARTS)}.items():
         if counts[part] > limit:
             raise ValueError(f"too many {name}: {counts[part]}, expected at most {limit}")
+    if file.startswith(b"\xff\xd8") and not counts[b"\xff\xda"]:  # Pillow reads on behind its end, and libjpeg fails.
+        raise ValueError("broken image: no scan")
     try:
         image = Image.open(io.BytesIO(file), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"not an image: none of {', '.join(FORMATS)} in these {len(file)} bytes") from error
     except Exception as error:  # Pillow's decoders raise any exception on broken data.
-        raise ValueError(f"broken image: {error}") from error
+        unknown = f"not an image: none of {', '.join(FORMATS)} in these {len(file)} bytes"
+        raise ValueError(unknown if isinstance(error, UnidentifiedImageError) else f"broken image: {error}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"too many pixels: {width} x {height}, expected at most {MAX_PIXELS:,} in all")

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.images import decode_body, open_image
 
-NO_FRAMES = 'no frames: expected an image, a form with one file, or JSON: {"0": "<base64 of an image>", "1": "..."}'
+NO_FRAMES = 'no frames: expected an image, a form with one file, or application/json: {"0": "<base64 of an image>"}'
 NO_TYPE = "JSON without its content type: expected the header Content-Type: application/json"
 
 
@@ -38,9 +38,8 @@ class Clip:
 
     def results(self) -> list[Any]:
         """Return the prediction, or the error, of each frame."""
-        if not self.error:
-            return [self.prediction] * len(self.frames)
-        return [{"error": frame.error or f"a frame of its clip can't be read: {self.error}"} for frame in self.frames]
+        others = f"a frame of its clip can't be read: {self.error}"
+        return [{"error": frame.error or others} if self.error else self.prediction for frame in self.frames]
 
 
 @dataclass
@@ -92,8 +91,7 @@ def parse_request(row: dict[str, Any], headers: dict[str, Any], limits: tuple[in
         except ValueError as problem:
             frame.file, frame.error = b"", str(problem)
         if pixels > max_pixels:
-            error = f"too many pixels in a request: over {max_pixels:,}, send fewer or smaller frames"
-            return Request(status=413, error=error)
+            return Request(status=413, error=f"too many pixels in a request: expected at most {max_pixels:,}")
     if body is images[0] and frames[0].error.startswith("not an image"):
         frames[0].error = json_error(body, types.get(name, "")) or frames[0].error
     clips = [Clip(frames[start : start + clip_frames]) for start in range(0, len(frames), clip_frames)]

@@ -180,8 +180,11 @@ def test_nothing_but_predictions(cluster: Cluster) -> None:
     for path in [*sorted(paths), *ways_around]:
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
             assert cluster.send(method, path).status_code in (400, 404), (method, path)
-    for method in ("GET", "PUT", "DELETE", "PATCH"):
-        assert cluster.send(method, PREDICTIONS).status_code == 403
+    for method in ("GET", "PUT", "DELETE", "PATCH", "HEAD"):
+        response = cluster.send(method, PREDICTIONS, TEST_IMAGE)
+        assert (response.status_code, response.headers["Allow"]) == (405, "POST, OPTIONS")
+        assert method == "HEAD" or response.json()["error"].startswith("expected POST, such as curl --data-binary")
+        assert len(response.text.splitlines()) == (method != "HEAD")
     for path in (PREDICTIONS, f"{PREDICTIONS}/1.0", f"{PREDICTIONS}?a=b", f"/x/../{PREDICTIONS}"):
         assert cluster.send("POST", path, TEST_IMAGE).status_code == 200
 

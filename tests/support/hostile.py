@@ -21,6 +21,22 @@ def many_scans(size: int, scans: int) -> bytes:
     return image[:-2] + scans * last + image[-2:]
 
 
+def hidden_scans(scans: int) -> bytes:
+    """Return a JPEG with scans behind a marker that has a length for some readers, and none for libjpeg."""
+    image = encoded(Image.new("L", (500, 500)), "JPEG", progressive=True)
+    place = image.rindex(b"\xff\xda")
+    head = image[place : place + 10]
+    restart = b"\xff\xdd\0\4\0\1"  # after each block, so that libjpeg looks for the next marker behind an odd one
+    return image[:place] + restart + head + b"\xff\x02\xff\xff" + scans * head + bytes(3) + image[-2:]
+
+
+def hidden_exif(marker: bytes, blocks: int) -> bytes:
+    """Return a JPEG with EXIF blocks behind a marker that ends it for some readers, or has a length, not for Pillow."""
+    image = encoded(CAT, "JPEG")
+    block = b"\xff\xe1\0\x09Exif\0\0x"
+    return image[:2] + marker + bytes(2) + blocks * block + image[2:]
+
+
 def many_chunks(kind: bytes, count: int) -> bytes:
     """Return a PNG with so many chunks of a kind, each of which unpacks to a megabyte; about a kilobyte each."""
     content = {b"iTXt": b"\0\1\0\0\0", b"zTXt": b"\0\0", b"iCCP": b"\0\0"}[kind]
@@ -78,8 +94,17 @@ def bad_frames() -> dict[str, tuple[bytes, str]]:
         "bomb": (blank_png(30_000, 30_000), "900000000 pixels"),
         "scans": (many_scans(5_700, 20_000), "too many scans: "),
         "EXIF blocks": (
-            encoded(CAT, "JPEG")[:2] + b"\xff\xe1\0\x08Exif\0\0" * 50_000 + encoded(CAT, "JPEG")[2:],
-            "too many EXIF blocks: 50000, expected at most 512",
+            encoded(CAT, "JPEG")[:2] + b"\xff\xe1\0\x08Exif\0\0" * 5_000 + encoded(CAT, "JPEG")[2:],
+            "too many EXIF blocks: 5000, expected at most 512",
+        ),
+        "hidden scans": (hidden_scans(6000), "too many scans: "),
+        "EXIF behind the end": (hidden_exif(b"\xff\xd9", 20_000), "broken image: no scan"),
+        "EXIF behind a start": (hidden_exif(b"\xff\xd8", 20_000), "too many EXIF blocks: "),
+        "EXIF behind a marker": (hidden_exif(b"\xff\xf0", 20_000), "too many EXIF blocks: "),
+        "segments": (b"\xff\xd8" + b"\xff\xe2\0\2" * 20_000 + encoded(CAT, "JPEG")[2:], "too many parts: 10001"),
+        "chunks": (
+            encoded(CAT, "PNG")[:33] + png_chunk(b"prIv", b"") * 20_000 + encoded(CAT, "PNG")[33:],
+            "too many parts: 10001, expected at most 10000",
         ),
         "texts": (many_chunks(b"iTXt", 60), "too many texts: 60, expected at most 4"),
         "compressed texts": (many_chunks(b"zTXt", 60), "too many compressed texts: 60, expected at most 4"),
@@ -90,7 +115,7 @@ def bad_frames() -> dict[str, tuple[bytes, str]]:
     }
 
 
-NO_BATCH = "no frames: expected an image, a form with one file, or JSON: "
+NO_BATCH = "no frames: expected an image, a form with one file, or application/json: "
 NO_TYPE = "JSON without its content type: expected the header Content-Type: application/json"
 BAD_JSON = {
     "list": ("[1, 2]", NO_BATCH),
@@ -128,7 +153,7 @@ def excesses() -> dict[str, tuple[str, str]]:
         "thousands of nothings": (json.dumps({str(i): 0 for i in range(500_000)}), "too many frames: 500000, expected"),
         "giants": (
             json.dumps(as_json(*[blank_png(5_700, 5_700)] * 5)),
-            "too many pixels in a request: over 132,710,400",
+            "too many pixels in a request: expected at most 132,710,400",
         ),
     }
 

@@ -1,12 +1,20 @@
 """handler.py against broken and hostile bodies: each costs only its sender, and gets the reason in one line."""
 
+import base64
+import json
+import random
+import struct
+from typing import Any
+
+import cv2
+import numpy as np
 import pytest
 from PIL import Image
 
 from server.images import JPEG_PARTS
 from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.fuzz_handler import Subject, near
-from tests.support.hostile import BAD_JSON, as_torchserve_parses, bad_frames, excesses, many_scans
+from tests.support.hostile import BAD_JSON, CAT, as_torchserve_parses, bad_frames, excesses, many_chunks, many_scans
 from tests.support.in_process import JSON, Model
 from tests.support.nodes import BATCH_HEADER
 
@@ -58,6 +66,61 @@ def test_as_many_frames_as_a_request_may_hold(subject: Subject, clip: list[Pixel
     assert answers[0] != near(answers[-1])
     model.answers([as_json(*images)])
     assert model.statuses() == [413]
+
+
+def behind(image: bytes) -> dict[str, bytes]:
+    """Return images with bytes behind their end, as phones and other programs append them."""
+    noise = random.Random(18).randbytes(3_000_000)
+    assert noise.count(b"\xff\xda") > 32, "it looks like scans"
+    return {
+        "noise": image + noise,
+        "scans": image + b"\xff\xda" * 100,
+        "EXIF blocks": image + b"\xff\xe1\0\x08Exif\0\0" * 1000,
+        "chunks": image + many_chunks(b"iTXt", 5) + many_chunks(b"iCCP", 5),
+        "images": image * 40,
+    }
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "progressive JPEG", "PNG", "BMP", "GIF", "WEBP", "JPEG with a thumbnail"])
+def test_bytes_behind_an_image_do_not_count(model: Model, kind: str) -> None:
+    options: dict[str, Any] = {"progressive": True} if "progressive" in kind else {}
+    name = "JPEG" if "JPEG" in kind else kind
+    small = encoded(CAT.resize((64, 48)), "JPEG")
+    comment = b"\xff\xfe" + struct.pack(">H", len(small) + 2) + small  # with an end of its own
+    image = encoded(CAT, name, **options)
+    image = image[:2] + comment + image[2:] if "thumbnail" in kind else image
+    [expected] = model.answers([image])
+    assert model.statuses() == [200]
+    for what, longer in behind(image).items():
+        [answer] = model.answers([longer])
+        assert (model.statuses(), answer) == ([200], pytest.approx(expected, abs=1e-6)), what
+
+
+def test_a_bitmap_of_opencv_with_four_channels_is_a_frame(model: Model) -> None:
+    pixels = np.asarray(CAT.resize((224, 224)))
+    four = np.dstack([pixels[..., ::-1], np.full(pixels.shape[:2], 255, np.uint8)])
+    bitmap = cv2.imencode(".bmp", four)[1].tobytes()
+    assert bitmap[30] == 3, "its colours have bit fields"
+    plain, found = model.answers([encoded(Image.fromarray(pixels), "BMP"), bitmap])
+    assert model.statuses() == [200, 200]
+    assert found == pytest.approx(plain, abs=1e-6)
+
+
+def test_base64_as_other_programs_write_it(model: Model) -> None:
+    image = encoded(CAT, "JPEG")
+    image += bytes(3 - len(image) % 3 + 1)  # so that its base64 has padding
+    text = base64.b64encode(image).decode()
+    assert text.endswith("==")
+    assert {"+", "/"} <= set(text)
+    mime = base64.encodebytes(image).decode()
+    texts = [text, mime, mime.replace("\n", "\r\n"), f"data:image/jpeg;base64,{text}", f" DATA:;base64,{mime}"]
+    texts += [base64.urlsafe_b64encode(image).decode(), text.rstrip("="), base64.urlsafe_b64encode(image).decode()[:-2]]
+    [answers] = model.answers([dict(enumerate(texts))])
+    assert answers == [pytest.approx(answers[0], abs=1e-6)] * len(texts)
+    assert len(answers[0]) == 5
+    for wrong in (f"{text[:50]}*{text[50:]}", f"{text[:50]} {text[50:]}", f"data {text}", f"file:,{text}", f"ß{text}"):
+        [rejected] = model.answers([{"0": wrong}])
+        assert "not a base64 string: " in json.loads(rejected)["error"]
 
 
 def test_jpeg_of_as_many_scans_as_it_may_have_is_a_frame(model: Model) -> None:

@@ -1,6 +1,7 @@
 """deploy/kubernetes/: the manifests are valid, and agree with each other and with config.properties."""
 
 import json
+import re
 
 import kubernetes_validate
 import pytest
@@ -70,4 +71,8 @@ def test_pods_are_configured_as_other_nodes_but_for_addresses_and_tokens() -> No
         assert pods.pop(setting) == behind_nginx[setting]
     for address in ("inference_address", "metrics_address"):
         assert pods.pop(address) == others.pop(address).replace("127.0.0.1", "0.0.0.0")
+    # The pod gets the file with --log-config instead.
+    others["vmargs"] = re.sub(" -Dlog4j.configurationFile=.*log4j2.xml$", "", others["vmargs"])
     assert pods == others
+    assert DOCUMENTS["ConfigMap"]["data"]["log4j2.xml"] == (PROJECT / "log4j2.xml").read_text()
+    assert "--log-config=/mnt/config/log4j2.xml" in CONTAINER["command"]

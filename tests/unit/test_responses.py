@@ -436,6 +436,11 @@ def test_reason_of_a_failed_attempt() -> None:
             requests.ConnectionError("refused"),
             "no server at https://a (refused): start TorchServe, or pass its address as --url",
         ),
+        (
+            requests.ReadTimeout("Read timed out"),
+            "the server at https://a does not respond (Read timed out): if the workers of the model can't start, "
+            "TorchServe's logs/model_log.log has the cause",
+        ),
         (requests.Timeout("slow"), "no server at https://a (slow): start TorchServe, or pass its address as --url"),
         (
             requests.exceptions.SSLError(ssl.SSLCertVerificationError(1, "self-signed")),
