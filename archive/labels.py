@@ -19,7 +19,7 @@ OTHER_LINES = {
 }
 OTHER_STARTS = {
     "YAML": r"---$|(names|nc|classes|labels|path|train):(\s|$)",
-    "code": r"((const|let|var|export)\s.*|\w+(:.*)?\s*=\s*)[\[{(]|\(|\w+\([\[{]",
+    "code": r"((const|let|var|export)\s.*|\w+(:.*)?\s*=\s*)[\[{(]|\(['\"]|\w+\([\[{]",
     "HTML": r"(?i)<([?!]|/?(html|head|body|annotation)\b)",
     "a pointer of Git LFS": r"version https://git-lfs",
 }

@@ -146,7 +146,7 @@ def fit(content: Mapping[Any, torch.Tensor], expected: Mapping[str, Any]) -> tup
     names = [name for name in expected if not name.endswith(COUNTER)]
     prefixes = {found.removesuffix(end) for end in (names[0], names[-1]) for found in state if found.endswith(end)}
     counts = {prefix: sum(prefix + name in state for name in names) for prefix in prefixes | {""}}
-    best = [prefix for prefix in sorted(counts, key=len) if counts[prefix] == max(counts.values())]
+    best = [prefix for prefix in sorted(counts) if counts[prefix] == max(counts.values())]
     if len(best) > 1 and counts[best[0]]:
         raise ValueError(f"holds {len(best)} networks, {shown(best)}: save the state_dict() of the one to serve")
     if counts[best[0]] and (prefix := best[0]):
