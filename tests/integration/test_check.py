@@ -1,14 +1,20 @@
 """request.py --check: a line for each thing that works, or fails."""
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
-from demo.node import Node, free_ports
+from demo.node import PROJECT, Node, free_ports, torchserve
+from edge.check import check
+from edge.options import parse_args
+from edge.timing import Timing
+from tests.support.archives import Archives
 from tests.support.fake_server import FakeServer
 from tests.support.frames import CATS, CLIP, frames_of, jpeg
-from tests.support.scripts import run
+from tests.support.nodes import workers
+from tests.support.scripts import run, wait_until
 
 MODEL = ["--model", "efficientnet-lite0"]
 
@@ -46,6 +52,32 @@ def test_check_reports_each_thing_that_works_or_fails(node: Node, tmp_path: Path
     no_server = run("request.py", "--check", "--url", nowhere, "--server-wait", "0", cwd=tmp_path)
     assert no_server.returncode == 4
     assert "FAIL  server: no server at" in no_server.stdout
+
+
+def test_worker_that_cannot_start(
+    archives: Archives,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: threading.Event,
+) -> None:
+    """Its files are gone. TorchServe has the model and accepts requests for it, and /ping says Healthy."""
+    archives.store(tmp_path, archives.build("resnet-18", is_tiny=True))
+    monkeypatch.setenv("TS_CONFIG_FILE", "/of/another/server")  # It has precedence over --ts-config.
+    config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=1\n"
+    with torchserve(tmp_path, ["resnet-18"], config) as node:
+        (file,) = Path(node.process.environ()["TEMP"]).glob("models/*/server/tasks.py")
+        file.write_text("raise RuntimeError('no such task')\n")
+        (worker,) = workers(node, "resnet-18").values()
+        worker.kill()
+        wait_until(lambda: "RuntimeError: no such task" in (tmp_path / "logs" / "model_log.log").read_text())
+        options = parse_args(["--url", node.url, "--token-file", str(tmp_path / "key_file.json"), "--check"])
+        timing = Timing(response_s=2.0, response_per_frame_s=0.0, min_response_s=2.0, first_response_s=2.0, check_s=0.1)
+        assert check([], options, stop, timing) == 4
+        works, fails = capsys.readouterr().out.splitlines()[-2:]
+        assert works.startswith("ok    server")
+        assert fails.startswith("FAIL  server: ")
+        assert fails.endswith("if the workers of the model can't start, TorchServe's logs/model_log.log has the cause")
 
 
 @pytest.mark.parametrize("fake", ["at most 20000"], indirect=True)

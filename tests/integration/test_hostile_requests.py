@@ -1,5 +1,6 @@
 """A real TorchServe gets broken and hostile requests: each affects only its sender, and gets a reason in one line."""
 
+import http.client
 import json
 import socket
 import threading
@@ -57,7 +58,8 @@ def odd_requests() -> Iterator[Any]:
     yield pytest.param(Post(note + part % (b"image", good) + end, boundary), 200, "", id="the only file of a form")
     two = part % (b"one", good) + part % (b"two", good) + end
     yield pytest.param(Post(two, boundary), 400, NO_BATCH, id="two files")
-    batch = json.dumps(as_json(good)).encode()
+    yield pytest.param(Post(b'{"0": "QUJD"}', form), 400, NO_BATCH, id="JSON as a form without a value")
+    batch = json.dumps(as_json(good + bytes(3 - len(good) % 3 + 1))).encode()  # with padding
     for kind in ("", "text/plain", "application/octet-stream", "application/JSON", form["Content-Type"]):
         yield pytest.param(Post(batch, {"Content-Type": kind}), 400, NO_TYPE, id=f"JSON as {kind or 'nothing'}")
 
@@ -121,6 +123,36 @@ def test_requests_that_are_too_large_or_end_early(node: Node, clip: list[Pixels]
         assert post(node, MODEL, jpeg(clip[0])).status_code == 200
     assert post(node, MODEL, jpeg(clip[0])).status_code == 200
     assert workers(node, MODEL).keys() == before
+
+
+RAW = {
+    "HTTP/1.0": ("POST /predictions/{model} HTTP/1.0\r\n", False),
+    "no host": ("POST /predictions/{model} HTTP/1.1\r\n", False),
+    "PUT": ("PUT /predictions/{model} HTTP/1.0\r\n", False),
+    "chunks": ("POST /predictions/{model} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n", True),
+    "another path": ("POST /models/{model}/invoke HTTP/1.0\r\n", False),
+    "KServe's path": ("POST /v2/models/{model}/infer HTTP/1.0\r\n", False),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+@pytest.mark.parametrize("is_good", [True, False], ids=["image", "nothing"])
+def test_request_without_a_host_gets_an_answer(node: Node, clip: list[Pixels], kind: str, is_good: bool) -> None:
+    """Without a Host header it might be taken for gRPC, whose responses TorchServe sends in another way."""
+    start, is_chunked = RAW[kind]
+    body = jpeg(clip[0]) if is_good else b""
+    head = start.format(model=MODEL) + f"Authorization: Bearer {node.token()}\r\nContent-Type: image/jpeg\r\n"
+    head += "" if is_chunked or not body else f"Content-Length: {len(body)}\r\n"
+    chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+    sent = head.encode() + b"\r\n" + (chunk + b"0\r\n\r\n" if is_chunked else body)
+    host, port = node.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(sent)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        answer = json.loads(response.read())
+    assert response.status == (200 if is_good else 400)
+    assert len(answer) == (5 if is_good else 1)
 
 
 def test_random_bodies_through_the_server(node: Node, clip: list[Pixels]) -> None:

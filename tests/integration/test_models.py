@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from demo.node import Node
@@ -159,3 +160,22 @@ def test_a_json_batch_is_split_at_the_limit_of_the_model(fake: FakeServer, stop:
         client.drain()
     assert [result.outcome for result in results] == ["answered"] * 5
     assert sorted(map(len, clips_of(fake))) == [1, 2, 2]
+
+
+@pytest.mark.parametrize("fake", ["good"], indirect=True)
+def test_a_json_batch_is_split_at_the_pixels_of_the_model(fake: FakeServer, stop: threading.Event) -> None:
+    fake.model_headers = {"X-Model-Max-Pixels": str(3840 * 2160)}
+    image = jpeg(np.zeros((1080, 1920, 3), np.uint8))
+    results: list[Result] = []
+    with new_client(fake.url, stop, client_batching=True, batch_size=5) as client:
+        client.wait_until_ready()
+        client.submit(frames([image + bytes([number]) for number in range(5)]), results.append)
+        client.drain()
+        too_large = jpeg(np.zeros((2160, 3841, 3), np.uint8))
+        client.submit(frames([too_large, image]), results.append)
+        client.drain()
+    assert [result.outcome for result in results] == ["answered"] * 5 + ["failed", "answered"]
+    assert (
+        results[5].error == "413 the request is larger than the server accepts: use a smaller --batch_size or --resize"
+    )
+    assert sorted(map(len, clips_of(fake))) == [1, 2, 3]

@@ -1,5 +1,6 @@
 """README.md and docs/: their commands as they stand there, in a folder that has the project where README.md says."""
 
+import gzip
 import json
 import os
 import re
@@ -30,6 +31,22 @@ DESCRIBE = (
     'curl --fail --silent http://127.0.0.1:8081/models/resnet-18 -H "Authorization: Bearer $(python -c '
     '\'import json; print(json.load(open("key_file.json"))["management"]["key"])\')"'
 )
+
+BAD_REQUESTS = 60
+BAD_JSON = f"""
+import http.client, json
+token = json.load(open("key_file.json"))["inference"]["key"]
+headers = {{"Authorization": f"Bearer {{token}}", "Content-Type": "application/json"}}
+for number in range({BAD_REQUESTS}):
+    connection = http.client.HTTPConnection("127.0.0.1:8080", timeout=60)
+    connection.request("POST", "/predictions/resnet-18", " " * number, headers)
+    assert connection.getresponse().status == 400
+"""
+KILL_WORKER = """
+import json, os, signal, sys
+for worker in json.load(sys.stdin)[0]["workers"]:
+    os.kill(int(worker["pid"]), signal.SIGKILL)
+"""
 
 
 def commands(section: str, page: str = "README.md") -> list[str]:
@@ -101,7 +118,7 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     """Both in real time, and all that the README does beside them."""
     (workplace / "frame.jpg").write_bytes(jpeg(clip[0]))
     build, start, stream, stop = commands("TorchServe batches")
-    configure, build_2, start_2, stream_2, stream_10, stop_2 = commands("The client batches")
+    configure, build_2, start_2, stream_2, stream_10, stop_2, unset = commands("The client batches")
     (curl,) = commands("The HTTP interface", "docs/developing.md")
     (renew,) = commands("Keys", "docs/security.md")
     (check,) = commands("Before you stream: --check", "docs/cameras-and-outputs.md")
@@ -112,7 +129,9 @@ def test_recipes_as_written(workplace: Path, environment: dict[str, str], clip: 
     second = {"configure": configure, "build 2": build_2, "start 2": start_2, "stream 2": stream_2}
     second |= {"describe 2": DESCRIBE, "keys 2": keys, "listeners 2": "ss -ltnH"}
     short = {"shorten": SHORTEN, "check": check, "write": write, "stream 10": stream_10}
-    printed = type_in(first | {"stop": stop} | second | short | {"stop 2": stop_2}, workplace, environment)
+    last = {"stop 2": stop_2, "unset": unset, "left": 'echo "${TS_CONFIG_FILE-nothing}"'}
+    printed = type_in(first | {"stop": stop} | second | short | last, workplace, environment)
+    assert printed["left"] == "nothing\n"
 
     description, answer = json.loads(printed["describe"])[0], json.loads(printed["curl"])
     found = outputs(printed["stream"])
@@ -184,14 +203,57 @@ def test_three_models_on_one_camera(workplace: Path, environment: dict[str, str]
     assert len(frames_of(workplace / "tasks.mp4")) == SHORT
 
 
+@pytest.mark.slow
+@needs("unshare", "ip", "curl")
+def test_server_that_runs_for_weeks(workplace: Path, environment: dict[str, str]) -> None:
+    """Its logs stay small and complete, and a worker returns though all temporary files of the system are deleted."""
+    build, start, stream, stop = commands("TorchServe batches")
+    (export,) = re.findall(r"(?m)^mkdir -p ts-tmp && export TEMP=.* TMPDIR=\S+", README)
+    system = workplace / "tmp"
+    system.mkdir()
+    environment |= {"TMPDIR": str(system), "TEMP": str(system), "JAVA_TOOL_OPTIONS": "-XX:ActiveProcessorCount=1"}
+    del environment["TS_ACCESS_LOG"]
+    # Logs of 10 KB instead of 10 MB.
+    config = workplace / HERE / "log4j2.xml"
+    config.write_text(config.read_text().replace('"10 MB"', '"10 KB"'))
+    (workplace / "bad_json.py").write_text(BAD_JSON)
+    (workplace / "kill_worker.py").write_text(KILL_WORKER)
+    sizes = "wc -c start.out logs/*.log"
+    steps = {"shorten": SHORTEN, "build": build, "export": export, "start": start, "stream": stream, "sizes": sizes}
+    steps |= {"stream again": stream, "sizes again": sizes, "bad JSON": "python bad_json.py"}
+    steps |= {"clean": f"find {system} -mindepth 1 -delete", "kill": f"{DESCRIBE} | python kill_worker.py"}
+    steps |= {"stream at last": stream, "stop": stop}
+    printed = type_in(steps, workplace, environment)
+
+    # A request that succeeds leaves no line; an access log is only written if somebody wants it.
+    assert printed["sizes"] == printed["sizes again"]
+    assert "0 logs/access_log.log" in printed["sizes"]
+    # Errors are kept, in files of limited size, of which none overwrites another.
+    logs = sorted((workplace / "logs").glob("model_log.*"))
+    assert 4 < len(logs) <= 6
+    assert all(path.stat().st_size <= 11_000 for path in logs)
+    text = "".join(
+        (gzip.decompress(each) if each[:1] == b"\x1f" else each).decode() for each in map(Path.read_bytes, logs)
+    )
+    found = sorted({int(number) for number in re.findall(r"JSONDecodeError: .* \(char (\d+)\)", text)})
+    assert found == [*range(BAD_REQUESTS - len(found), BAD_REQUESTS)], "the last ones, without a gap"
+    assert 10 < len(found) < BAD_REQUESTS
+    assert "JSONDecodeError" in printed["start"], "the terminal shows errors too"
+    # The worker died, and came back without any of the system's temporary files.
+    assert list(system.iterdir()) == []
+    assert "Auto recovery succeeded" in (workplace / "logs" / "ts_log.log").read_text()
+    assert_counts_add_up(workplace / "stream at last.err", SHORT)
+    assert printed["stop"] == "TorchServe has stopped.\n"
+
+
 def assert_shows_the_clip(found: list[Output], batch_size: int, frames: int = 375) -> None:
     last = [frames] if frames % 20 else []
     assert [output.number for output in found] == [*range(20, frames + 1, 20), *last]
     assert {output.batch_size for output in found} == {batch_size}
 
 
-def assert_counts_add_up(errors: Path) -> None:
+def assert_counts_add_up(errors: Path, frames: int = 375) -> None:
     """Every frame was answered, and the rate is that of a file of 25 fps: the first at once, the last after 14.96 s."""
     (row,) = summary(errors.read_text()).values()
-    assert (row["captured"], row["answered"]) == ("375", "375")
+    assert (row["captured"], row["answered"]) == (str(frames), str(frames))
     assert 0 < float(row["FPS"]) <= 25.1

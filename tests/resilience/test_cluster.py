@@ -1,9 +1,14 @@
 """Two TorchServe nodes behind nginx: which requests reach them, and that one of them may fail."""
 
+import itertools
+import json
 import os
 import re
+import secrets
+import signal
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import requests
@@ -22,7 +28,8 @@ from edge.payload import MAX_BODY_BYTES
 from tests.support.archives import Archives
 from tests.support.endpoints import INFERENCE, MANAGEMENT, METRICS
 from tests.support.fake_server import FakeServer, fake_server
-from tests.support.frames import Pixels, jpeg, small, write_video
+from tests.support.frames import Pixels, as_json, jpeg, small, write_video
+from tests.support.hostile import blank_png
 from tests.support.mjpeg_camera import mjpeg_camera
 from tests.support.programs import needs
 from tests.support.scripts import MODEL, Run, run, running, wait_until
@@ -30,6 +37,9 @@ from tests.support.scripts import MODEL, Run, run, running, wait_until
 pytestmark = needs("nginx", "openssl")
 
 FRAMES = 60
+MAX_FRAMES = 8  # of a request, as deploy/README.md recommends
+MAX_GAP_S = 3.0  # between two responses for a live camera, while another device sends as much as it can
+LONG_ENOUGH = 40  # frames of that camera, at 3 a second
 TAKEN_BACK_S = 5.0  # fail_timeout of deploy/nginx/nodes.conf
 PREDICTIONS = f"/predictions/{MODEL}"
 
@@ -93,7 +103,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Ite
     with ExitStack() as cleanup, ThreadPoolExecutor(2) as threads:
         folders = [folder / f"node-{number}" for number in (1, 2)]
         for each in folders:
-            archives.store(each, archives.build(MODEL, is_tiny=True))
+            archives.store(each, archives.build(MODEL, "--max-frames", str(MAX_FRAMES), is_tiny=True))
         members = [Member(each) for each in folders]
         for member in members:
             cleanup.callback(member.end)
@@ -140,6 +150,58 @@ def wait_for_answered(runs: Sequence[Run], camera: str, count: int) -> None:
     """Wait until each run has so many more answered frames of the camera."""
     targets = [len(each.answered(camera)) + count for each in runs]
     wait_until(lambda: all(len(each.answered(camera)) >= target for each, target in zip(runs, targets, strict=True)))
+
+
+def test_largest_batches_of_a_device_do_not_stop_another_one(
+    cluster: Cluster, clip: list[Pixels], tmp_path: Path
+) -> None:
+    """It has a token of its own, and sends the largest requests that nginx and the nodes accept, all the time."""
+    token, over = secrets.token_hex(32), threading.Event()
+    with (cluster.proxy.certificate.parent / "tokens.conf").open("a") as file:
+        file.write(f'"Bearer {token}" another;\n')
+    nginx_id = int((cluster.proxy.log.parent / "nginx.pid").read_text())
+    psutil.Process(nginx_id).send_signal(signal.SIGHUP)
+    wait_until(lambda: cluster.send("GET", PREDICTIONS, token=token).status_code == 405)
+    large = [jpeg(np.tile(frame, (2, 2, 1))) for frame in clip[:MAX_FRAMES]]
+    bodies = [json.dumps(as_json(*large)).encode(), json.dumps(as_json(blank_png(7680, 2160))).encode()]
+    statuses = Counter[int]()
+
+    def send_the_largest() -> None:
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        with requests.Session() as session:
+            while not over.is_set():
+                for body in bodies:
+                    url, trusted = cluster.proxy.url + PREDICTIONS, str(cluster.proxy.certificate)
+                    response = session.post(url, body, headers=headers, verify=trusted, timeout=60)
+                    statuses[response.status_code] += 1
+                    over.wait(0.0 if response.ok else 0.1)
+
+    frames = [small(frame) for frame in clip]
+    video = str(write_video(tmp_path / "clip.mp4", frames[:FRAMES], 3))
+    with ExitStack() as cleanup, ThreadPoolExecutor(24) as threads:
+        camera = cleanup.enter_context(mjpeg_camera([jpeg(frame) for frame in frames], fps=3)).url
+        command = ["--model", MODEL, "--input", camera, "--input", video]
+        device = cleanup.enter_context(
+            running(cluster.proxy, tmp_path, *command, environment=cluster.proxy.environment())
+        )
+        wait_for_answered([device], camera, 10)
+        senders = [threads.submit(send_the_largest) for _ in range(24)]
+        try:
+            before = device.answered(camera)
+            wait_for_answered([device], camera, LONG_ENOUGH)
+        finally:
+            over.set()
+        for sender in senders:
+            sender.result(timeout=120)
+        wait_until(lambda: len(device.answered(video)) == FRAMES)
+        answered = sorted(device.answered(camera)[len(before) - 1 :])
+        found = device.end()
+    assert statuses[200] > 10
+    assert set(statuses) <= {200, 429, 502, 504}, statuses
+    assert statuses[429] > 0, "it sent as much as it could"
+    assert max(late - early for early, late in itertools.pairwise(answered)) < MAX_GAP_S
+    assert found[video]["answered"] == str(FRAMES)
+    assert [row["failed"] for row in found.values()] == ["0", "0"]
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "0" * 64, "' OR 1"], ids=["none", "short", "long", "odd"])

@@ -124,6 +124,11 @@ def test_labels_without_weights_are_wrong_usage(capsys: pytest.CaptureFixture[st
         ("--min-score most --model keypointrcnn-resnet50-fpn", "expected a number from 0 to 1, got 'most'"),
         ("--precision bf16 --model keypointrcnn-resnet50-fpn", "bf16 is not exact for pixels"),
         ("--model pose", "invalid choice: 'pose'"),
+        ("--max-frames 0", "--max-frames of resnet-18: expected a number from 1 to 256, got 0"),
+        ("--max-frames 257", "--max-frames of resnet-18: expected a number from 1 to 256, got 257"),
+        ("--max-frames 17 --model keypointrcnn-resnet50-fpn", "expected a number from 1 to 16, got 17"),
+        ("--max-frames 15 --model r3d-18", "--max-frames of r3d-18: expected a number from 16 to 256, got 15"),
+        ("--max-frames many", "invalid int value: 'many'"),
     ],
 )
 def test_flags_that_do_not_fit_the_model_are_wrong_usage(

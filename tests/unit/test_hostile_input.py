@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import struct
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -11,10 +12,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.images import JPEG_PARTS
+from server.images import JPEG_PARTS, MAX_PIXELS
+from tests.support.archives import unpacked_archive
 from tests.support.frames import Pixels, as_json, encoded, jpeg
 from tests.support.fuzz_handler import Subject, near
-from tests.support.hostile import BAD_JSON, CAT, as_torchserve_parses, bad_frames, excesses, many_chunks, many_scans
+from tests.support.hostile import (
+    BAD_JSON,
+    CAT,
+    as_torchserve_parses,
+    bad_frames,
+    blank_png,
+    excesses,
+    many_chunks,
+    many_scans,
+)
 from tests.support.in_process import JSON, Model
 from tests.support.nodes import BATCH_HEADER
 
@@ -66,6 +77,25 @@ def test_as_many_frames_as_a_request_may_hold(subject: Subject, clip: list[Pixel
     assert answers[0] != near(answers[-1])
     model.answers([as_json(*images)])
     assert model.statuses() == [413]
+
+
+@pytest.mark.parametrize(
+    ("flags", "frames", "pixels"),
+    [("", 256, 132_710_400), ("--max-frames 8", 8, 8 * 1920 * 1080), ("--max-frames 1", 1, 3840 * 2160)],
+)
+def test_limits_of_a_request_are_in_the_archive(tmp_path: Path, flags: str, frames: int, pixels: int) -> None:
+    model = Model(unpacked_archive(tmp_path, *flags.split(), is_tiny=True))
+    image = encoded(CAT.resize((8, 8)), "JPEG")
+    half = blank_png(3600, min(pixels, MAX_PIXELS) // 2 // 3600)
+    answers = model.answers([as_json(*[image] * frames), as_json(*[image] * (frames + 1)), half])
+    assert model.statuses() == [200, 413, 200]
+    assert answers[1] == f'{{"error": "too many frames: {frames + 1}, expected at most {frames} in a request"}}'
+    headers = model.context.get_response_headers(1)
+    assert (headers["X-Model-Max-Frames"], headers["X-Model-Max-Pixels"]) == (str(frames), str(pixels))
+    if frames == 8:
+        answers = model.answers([as_json(half, half), as_json(half, half, image, image), blank_png(7680, 2160)])
+        assert model.statuses() == [200, 413, 200]
+        assert answers[1] == f'{{"error": "too many pixels in a request: expected at most {pixels:,}"}}'
 
 
 def behind(image: bytes) -> dict[str, bytes]:
