@@ -112,7 +112,7 @@ def json_labels(path: Path, text: str) -> list[str]:
     for index, label in enumerate(labels):
         if not isinstance(label, str):
             raise ArchiveError(f"{path}, label {index} is {json.dumps(label)[:40]}, {EXPECTED}")
-    # ImageNet has two cranes, a bird and a machine: the first item tells them apart.
+    # ImageNet has two cranes, a bird and a machine, which differ in the first item.
     counts = Counter(labels)
     pairs = zip(labels, names, strict=True)
     return [

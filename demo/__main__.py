@@ -62,7 +62,7 @@ def both_recipes(folder: Path, model: str) -> None:
 
 
 def cluster(folder: Path, model: str) -> None:
-    run("create_mar_file.py", "--model", model, folder=folder)
+    run("create_mar_file.py", "--model", model, "--max-frames", "8", folder=folder)
     with ExitStack() as running:
         addresses = []
         for number in range(1, NODES + 1):
