@@ -19,6 +19,7 @@ import io
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
 
     def initialize(self, context: Context) -> None:
         """Load the network and the task from the archive, once in each worker, and warm up."""
+        warnings.filterwarnings("ignore", module="PIL")  # An image can make Pillow write megabytes of them.
         # The C library keeps blocks of Pillow's default size, 16 MB: after large images a worker is 0.5 GB larger.
         Image.core.set_block_size(64 * 2**20)  # type: ignore[attr-defined]
         settings = context.model_yaml_config["handler"]
@@ -169,8 +171,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
 
     def postprocess(self, data: Any) -> list[Any]:
         """Return the prediction of each clip from the network's output."""
-        predictions: list[Any] = self.task.postprocess(data)
-        return predictions
+        return list(self.task.postprocess(data))
 
     def build_response(self, request: Request, index: int, context: Context) -> Any:
         """Return the response to the request number `index`, and set its status and headers."""

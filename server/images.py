@@ -7,6 +7,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,8 @@ MAX_ASPECT_RATIO = 32  # Long edge to short edge. An image of 1 x 65,000 is smal
 # has about 10), its EXIF blocks are joined one by one, and the texts and profiles of a PNG can grow a thousandfold.
 MAX_PARTS = 10_000
 JPEG_PARTS = {b"\xff\xda": ("scans", 32), b"\xff\xe1": ("EXIF blocks", 512)}
+# No camera codes frames arithmetically or without loss, and a few bytes of such a frame can cost seconds.
+JPEG_PARTS |= {bytes([255, 192 + kind]): ("frames of a rare coding", 0) for kind in (3, 5, 6, 7, 9, 10, 11, 13, 14, 15)}
 PNG_PARTS = {b"iTXt": ("texts", 4), b"zTXt": ("compressed texts", 4), b"iCCP": ("colour profiles", 4)}
 # The markers that have a length in libjpeg and in Pillow. Behind others nothing is skipped: it could hide scans.
 JPEG_SEGMENT, JPEG_END = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe]"), b"\xff\xd9"
@@ -31,10 +34,11 @@ def decode_body(body: Any) -> bytes | bytearray:
         return body
     if not isinstance(body, str):
         raise ValueError(f'not a base64 string: {type(body).__name__}, expected {{"0": "<base64 of an image>"}}')
+    with suppress(ValueError):
+        return base64.b64decode(body, validate=True)
     try:  # It may be a data URL, have line breaks or the URL-safe alphabet, or lack its padding.
-        text = (body.partition(",")[2] if body[:20].lstrip().lower().startswith("data:") else body).encode()
-        text = text.translate(bytes.maketrans(b"-_", b"+/"), b"\r\n\t").rstrip(b"=")
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+        text = re.sub(r"(?i)^\s*data:[^,]*,|[\r\n\t]", "", body).rstrip("=")
+        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
     except ValueError as error:
         raise ValueError(f"not a base64 string: {error}") from error
 
@@ -53,10 +57,7 @@ def parts(file: bytes | bytearray) -> Iterator[bytes]:
 
 
 def open_image(file: bytes | bytearray) -> Image.Image:
-    """Return the image in a file. Its pixels are not decoded yet.
-
-    Raises ValueError if the data is not an image, or is too large, too narrow or too slow to decode.
-    """
+    """Return the image in a file, not decoded yet. Raises ValueError if it is none, or costs too much to decode."""
     counts = Counter(islice(parts(file), MAX_PARTS + 1))
     counts[b""] = sum(counts.values())
     for part, (name, limit) in {**JPEG_PARTS, **PNG_PARTS, b"": ("parts", MAX_PARTS)}.items():
@@ -83,4 +84,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image; return it as RGB, upright as its EXIF says. Raises any exception if the data is broken."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
         image = image.point(lambda value: value / 256).convert("L")
+    image.load()
+    with suppress(Exception):  # Broken EXIF says nothing about the pixels.
+        image.getexif()  # The image keeps it; with the original in `info`, Pillow would write all of it anew.
+    image.info.clear()
     return ImageOps.exif_transpose(image).convert("RGB")

@@ -10,7 +10,6 @@ from typing import Any
 from server.images import decode_body, open_image
 
 NO_FRAMES = 'no frames: expected an image, a form with one file, or application/json: {"0": "<base64 of an image>"}'
-NO_TYPE = "JSON without its content type: expected the header Content-Type: application/json"
 
 
 # An error is kept as text: an exception would keep the code it came through, and with it all of the request, until the
@@ -64,9 +63,8 @@ class Request:
 
 
 def parse_request(row: dict[str, Any], headers: dict[str, Any], limits: tuple[int, int, int]) -> Request:
-    """Return a request.
+    """Return the request of which TorchServe has the body under "body", or the parts of a form under their names.
 
-    row: what TorchServe has of the request: its body under "body", or the parts of a form under their names.
     limits: the frames of a clip, of a request at most, and the pixels of a request at most.
     """
     clip_frames, max_frames, max_pixels = limits
@@ -74,12 +72,19 @@ def parse_request(row: dict[str, Any], headers: dict[str, Any], limits: tuple[in
     files = [name for name, kind in types.items() if kind and name in row]
     name = next((name for name in ("data", "body") if name in row), files[0] if len(files) == 1 else "")
     # TorchServe takes JSON of curl, which has the type of a form, for the name of a part.
-    body = row[name] if name else next(iter(row), "")
+    body, reason = row[name] if name else next(iter(row), ""), ""
+    if "json" in (types.get(name) or "").lower() and isinstance(body, (bytes, bytearray)):
+        try:  # TorchServe's own parser accepts no line breaks in a string, such as base64 has.
+            body = json.loads(body.decode("utf-8-sig"), strict=False)
+        except (ValueError, RecursionError) as error:
+            reason = f"not JSON: {error}"
+    elif isinstance(body, (str, bytes, bytearray)) and body.lstrip()[:1] in ("{", "[", b"{", b"["):
+        reason = "JSON without its content type: expected the header Content-Type: application/json"
     if "True" in (headers.get("explain"), headers.get("describe")):
         return Request(status=400, error="not explained: there are predictions only")
     images = list(body.values()) if isinstance(body, dict) else [body]
     if not images or not isinstance(body, (dict, bytes, bytearray)):
-        return Request(status=400, error=(isinstance(body, str) and json_error(body, "")) or NO_FRAMES)
+        return Request(status=400, error=reason or NO_FRAMES)
     if len(images) > max_frames:
         return Request(status=413, error=f"too many frames: {len(images)}, expected at most {max_frames} in a request")
     frames, pixels = [Frame(b"") for _ in images], 0
@@ -88,21 +93,11 @@ def parse_request(row: dict[str, Any], headers: dict[str, Any], limits: tuple[in
             frame.file = decode_body(image)
             with open_image(frame.file) as opened:
                 pixels += opened.width * opened.height  # Closed again: what Pillow keeps of it can be large.
-        except ValueError as problem:
-            frame.file, frame.error = b"", str(problem)
+        except ValueError as error:
+            frame.file, frame.error = b"", str(error)
         if pixels > max_pixels:
             return Request(status=413, error=f"too many pixels in a request: expected at most {max_pixels:,}")
-    if body is images[0] and frames[0].error.startswith("not an image"):
-        frames[0].error = json_error(body, types.get(name, "")) or frames[0].error
+    if reason and frames[0].error.startswith("not an image"):
+        frames[0].error = reason
     clips = [Clip(frames[start : start + clip_frames]) for start in range(0, len(frames), clip_frames)]
     return Request(clips, isinstance(body, dict))
-
-
-def json_error(body: Any, content_type: str) -> str:
-    """Return why a body that is JSON did not arrive as JSON; "" if it is something else."""
-    try:
-        if "json" in content_type.lower():
-            json.loads(body.decode())
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    return NO_TYPE if body.lstrip()[:1] in ("{", "[", b"{", b"[") else ""

@@ -30,6 +30,13 @@ def hidden_scans(scans: int) -> bytes:
     return image[:place] + restart + head + b"\xff\x02\xff\xff" + scans * head + bytes(3) + image[-2:]
 
 
+def rare_coding(kind: int) -> bytes:
+    """Return a JPEG that states another coding than baseline or progressive: a few bytes of it could cost seconds."""
+    image = encoded(CAT, "JPEG")
+    assert image.count(b"\xff\xc0\0\x11") == 1
+    return image.replace(b"\xff\xc0\0\x11", bytes([0xFF, 0xC0 + kind]) + b"\0\x11")
+
+
 def hidden_exif(marker: bytes, blocks: int) -> bytes:
     """Return a JPEG with EXIF blocks behind a marker that ends it for some readers, or has a length, not for Pillow."""
     image = encoded(CAT, "JPEG")
@@ -102,6 +109,9 @@ def bad_frames() -> dict[str, tuple[bytes, str]]:
         "EXIF behind a start": (hidden_exif(b"\xff\xd8", 20_000), "too many EXIF blocks: "),
         "EXIF behind a marker": (hidden_exif(b"\xff\xf0", 20_000), "too many EXIF blocks: "),
         "segments": (b"\xff\xd8" + b"\xff\xe2\0\2" * 20_000 + encoded(CAT, "JPEG")[2:], "too many parts: 10001"),
+        "arithmetic coding": (rare_coding(9), "too many frames of a rare coding: 1, expected at most 0"),
+        "progressive arithmetic coding": (rare_coding(10), "too many frames of a rare coding: 1"),
+        "lossless coding": (rare_coding(3), "too many frames of a rare coding: 1"),
         "chunks": (
             encoded(CAT, "PNG")[:33] + png_chunk(b"prIv", b"") * 20_000 + encoded(CAT, "PNG")[33:],
             "too many parts: 10001, expected at most 10000",
@@ -127,7 +137,7 @@ BAD_JSON = {
     "broken": ('{"0": ', "not JSON: Expecting value: line 1 column 7 (char 6)"),
     "nothing": ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
     "single quotes": ("{'0': 'QQ=='}", "not JSON: Expecting property name enclosed in double quotes"),
-    "byte order mark": ('\ufeff{"0": "QQ=="}', "not JSON: Unexpected UTF-8 BOM"),
+    "byte order mark": ('\ufeff{"0": "QQ=="}', "not an image: none of JPEG, PNG, WEBP, BMP, GIF in these 1 bytes"),
     "deep": ("[" * 1_000_000, "not JSON: maximum recursion depth exceeded"),
     "deep object": ('{"0":' * 100_000 + "1" + "}" * 100_000, "not JSON: maximum recursion depth exceeded"),
     "long number": ('{"0": ' + "1" * 1_000_000 + "}", "not JSON: Exceeds the limit"),

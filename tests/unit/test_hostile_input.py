@@ -126,6 +126,39 @@ def test_bytes_behind_an_image_do_not_count(model: Model, kind: str) -> None:
         assert (model.statuses(), answer) == ([200], pytest.approx(expected, abs=1e-6)), what
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {0x128: (1, b"\2")},
+        {0x11A: (2, b"72\0\0")},
+        {0x213: (1, b"\1")},
+        {0x10F: (5, b"\0\0\0\0")},
+        dict.fromkeys(range(20000, 25000), (7, b"\x00\x00\x00\x00")),
+        "Exif\0\0 is no TIFF file",
+        "x",
+    ],
+    ids=["unit", "resolution", "position", "maker", "many", "no TIFF", "short"],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_says_nothing_about_the_pixels(model: Model, kind: str, broken: dict[int, Any] | str) -> None:
+    """The image is upright as far as the orientation can be read."""
+    upright = CAT.resize((96, 64))
+    exif = broken.encode() if isinstance(broken, str) else tiff({0x112: (3, b"\6\0\0\0")} | broken)
+    image = upright if isinstance(broken, str) else upright.transpose(Image.Transpose.ROTATE_90)
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
+    expected, found = model.answers([encoded(upright, kind, **options), encoded(image, kind, exif=exif, **options)])
+    assert model.statuses() == [200, 200]
+    assert found == pytest.approx(expected, abs=0.01 if kind == "JPEG" else 1e-5)
+
+
+def tiff(tags: dict[int, tuple[int, bytes]]) -> bytes:
+    """Return EXIF with these tags: their type, and four bytes of their value."""
+    rows = b"".join(
+        struct.pack("<HHI4s", tag, kind, 1, value.ljust(4, b"\0")) for tag, (kind, value) in sorted(tags.items())
+    )
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + rows + bytes(4)
+
+
 def test_a_bitmap_of_opencv_with_four_channels_is_a_frame(model: Model) -> None:
     pixels = np.asarray(CAT.resize((224, 224)))
     four = np.dstack([pixels[..., ::-1], np.full(pixels.shape[:2], 255, np.uint8)])
