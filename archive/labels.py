@@ -104,7 +104,9 @@ def json_labels(path: Path, text: str) -> list[str]:
         raise ArchiveError(f"{path} has numbers by names, {EXPECTED}")
     if isinstance(names, dict):
         if missing := [str(index) for index in range(len(names)) if str(index) not in names]:
-            raise ArchiveError(f'{path} has {len(names)} names and none for "{missing[0]}", {EXPECTED}')
+            raise ArchiveError(
+                f'{path} has {len(names)} names and none for "{missing[0]}" (they begin at 0), {EXPECTED}'
+            )
         names = [names[str(index)] for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ArchiveError(f"{path} has no names, {EXPECTED}")

@@ -100,7 +100,9 @@ def read_file(path: Path) -> Any:
         raise
     except Exception as error:  # Unpickling a file that is no such thing can raise anything.
         reason = "it is a pointer of Git LFS: run git lfs pull" if start.startswith(b"version https://git-lfs") else ""
-        raise ArchiveError(f"can't load {path}: {reason or unloadable(error)}") from error
+        is_cached = Path(torch.hub.get_dir()) in path.parents
+        advice = ". It is a downloaded copy: delete it, and run again" if is_cached else ""
+        raise ArchiveError(f"can't load {path}: {reason or unloadable(error)}{advice}") from error
 
 
 def unloadable(error: Exception) -> str:
@@ -112,10 +114,10 @@ def unloadable(error: Exception) -> str:
         name = found[1] or found[2]
         is_model = re.match(r"torch\.nn\.modules\.(?!loss)|torchvision\.models\.|timm\.models\.", name)
         kind = "a whole model" if is_model else "more than weights, perhaps a whole model"
-        return f"it holds {kind} ({name}), which only its code could load; {SAVE}"
+        return f"it holds {kind} ({name}), which only its code could load; {SAVE}; of a checkpoint, its state_dict"
     if "Unsupported operand" in text:
         return "it was saved with another protocol of pickle: save it with torch.save() and no pickle_protocol"
-    return f"it is damaged, or no file of weights ({type(error).__name__}); {SAVE}. If it is torch's copy, delete it"
+    return f"it is damaged, or no file of weights; {SAVE}"
 
 
 def is_state_dict(content: Mapping[Any, Any]) -> bool:
@@ -153,7 +155,7 @@ def fit(content: Mapping[Any, torch.Tensor], expected: Mapping[str, Any]) -> tup
         named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         head = {name: value for name, value in state.items() if name in expected and name not in named}
         others = [name for name in state if not name.startswith(prefix) and name not in head]
-        left_out = f" and left out {len(others)} tensors without it, such as {others[0][:60]}" if others else ""
+        left_out = f" and left out {len(others)} without it, such as {others[0][:60]}" if others else ""
         state = named | head
         changes.append(f'removed the prefix "{prefix}"{left_out}')
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()} - {torch.float32}
@@ -175,19 +177,20 @@ def mismatch(state: Mapping[str, torch.Tensor], expected: Mapping[str, Any], lar
     missing = [name for name in expected if name not in state and not name.endswith(COUNTER)]
     unknown = [name for name in state if name not in expected]
     unknown = [name for name in unknown if name.removesuffix(COUNTER) + "running_var" not in expected]
-    for name in head.intersection(missing):
-        layer, _, kind = name.rpartition(".")
-        if inner := [other for other in unknown if re.fullmatch(rf"{re.escape(layer)}\.\d+\.{kind}", other)]:
-            advice = f"rename {inner[0]} to {name}" if len(inner) == 1 else "train with one layer"
+    for layer in sorted({name.rpartition(".")[0] for name in head.intersection(missing)}):
+        inner = sorted(other for other in unknown if re.fullmatch(rf"{re.escape(layer)}\.\d+\.\w+", other))
+        if inner:
+            indices = {other.split(".")[-2] for other in inner}
+            advice = f"rename {layer}.{min(indices)}.* to {layer}.*" if len(indices) == 1 else "train with one layer"
             return f'its head "{layer}" is a Sequential ({shown(inner)}), expected one layer: {advice}'
     sizes = differences(wrong, state, expected)
     pairs = [pair for name in wrong for pair in zip(state[name].shape, expected[name].shape, strict=False)]
     numbers = {found for found, number in pairs if found != number}
     if head.issuperset(wrong) and len(numbers) == 1 and not missing and not unknown:
-        return f"{sizes}: pass --labels FILE with {numbers.pop()} labels"
+        return f"{sizes}: pass --labels FILE with as many labels as the weights have, {numbers.pop()}"
     reasons = [sizes] if wrong else []
-    reasons += [f"{len(missing)} tensors are missing ({shown(missing)})"] if missing else []
-    reasons += [f"{len(unknown)} tensors are of another network ({shown(unknown)})"] if unknown else []
+    reasons += [f"{shown(missing)}: missing ({len(missing)} in all)"] if missing else []
+    reasons += [f"{shown(unknown)}: of another network ({len(unknown)} in all)"] if unknown else []
     return "; ".join(reasons) + ("; is --model right?" if missing and unknown else "")
 
 

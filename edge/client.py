@@ -98,7 +98,7 @@ class TorchServeClient:
         self.connect()
         self.learn_model()
         self._session.retry_timeout_s = min(self._options.server_wait_s, self._options.max_age_s)
-        self._session.retry_auth_errors = True
+        self._session.is_streaming = True
 
     def learn_model(self) -> None:
         """Send a test image; learn from the response what the model is, and how slow. Raises ServerError."""

@@ -63,8 +63,9 @@ class RetrySession(requests.Session):
     """A session whose requests are retried until their response is final or the deadline has passed.
 
     retry_timeout_s: how long after its first failure a request is retried.
-    retry_auth_errors: retry a rejected token that can't be replaced, too. A proxy may get to know a new token later
-        than this device; before the first frame a rejected token is an error of the user.
+    is_streaming: the server has responded to the test image. From then on a rejected token that can't be replaced is
+        retried, too: a proxy may get to know a new token later than this device. Before that it is an error of the
+        user, and no attempt lasts longer than the time that is left.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class RetrySession(requests.Session):
     ) -> None:
         super().__init__()
         self.retry_timeout_s = 0.0
-        self.retry_auth_errors = False
+        self.is_streaming = False
         self.auth = self._token = token
         self._health = health
         self._stop = stop
@@ -94,7 +95,7 @@ class RetrySession(requests.Session):
             except requests.RequestException as caught:
                 error, cause = caught, root_cause(caught)
             is_rejected = response is not None and is_auth_error(response)
-            if not (self.retry_auth_errors if is_rejected else is_transient(response, error)):
+            if not (self.is_streaming if is_rejected else is_transient(response, error)):
                 if response is not None and not is_rejected:
                     self._health.record_success()
                 break
@@ -104,6 +105,9 @@ class RetrySession(requests.Session):
             pause_s = backoff_s(self._timing.first_backoff_s, self._timing.max_backoff_s, attempt)
             if left_s <= 0 or self._stop.wait(min(pause_s, left_s)):
                 break
+            if not self.is_streaming and "timeout" in options:
+                connect_s, response_s = options["timeout"]
+                options["timeout"] = (connect_s, min(response_s, left_s))
         if response is None:
             assert error is not None
             raise error

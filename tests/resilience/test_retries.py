@@ -175,6 +175,17 @@ def test_response_that_never_completes_is_retried_until_the_deadline(fake: FakeS
         assert_all_answered(predict(client, *one_by_one(IMAGES)))
 
 
+@pytest.mark.parametrize("fake", ["silent"], indirect=True)
+def test_a_start_does_not_wait_for_a_second_attempt(fake: FakeServer, stop: threading.Event) -> None:
+    """The workers of a model can't start: TorchServe has the model, and nobody answers."""
+    fake.bodies.append(b"")  # The test image is number 1, and gets no good response.
+    begin = time.monotonic()
+    with new_client(fake.url, stop, replace(FAST, first_response_s=3.0), server_wait_s=0.5) as client:
+        with pytest.raises(ServerError, match=r"does not respond \(.*timed out\).*logs/model_log.log has the cause"):
+            client.wait_until_ready()
+        assert 3.0 < time.monotonic() - begin < 5.5, "a second attempt would take 3 s more"
+
+
 @pytest.mark.parametrize("fake", ["good"], indirect=True)
 def test_one_slow_response_allows_no_long_silence(fake: FakeServer, stop: threading.Event) -> None:
     """The test image may take seconds, because the server is cold. Later responses show how fast it is."""

@@ -69,7 +69,7 @@ def write_bad_weights(kind: str, path: Path) -> None:
         ("module", "can't load"),
         ("tensor", "holds a Tensor: expected what torch.save(model.state_dict(), FILE) writes"),
         ("another network", "does not fit resnet-18 with 1000 classes"),
-        ("another head", "pass --labels FILE"),
+        ("another head", "pass --labels FILE with as many labels as the weights have, 7"),
     ],
 )
 @pytest.mark.usefixtures("old_archive")

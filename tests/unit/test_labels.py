@@ -86,7 +86,7 @@ OTHERS = {
     "Git LFS": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS ('version"),
     "broken JSON": ('{"0": "cat",', "is not JSON (Expecting property name"),
     "names to numbers": ('{"cat": 0, "dog": 1}', "has numbers by names, expected one label a line, or JSON: "),
-    "a missing number": ('{"1": "cat", "2": "dog"}', 'has 2 names and none for "0", expected'),
+    "a missing number": ('{"1": "cat", "2": "dog"}', 'has 2 names and none for "0" (they begin at 0), expected'),
     "a number twice": ('{"0": "cat", "0": "dog"}', "the key '0' is there twice"),
     "numbers as names": ("[1, 2]", "label 0 is 1, expected"),
     "objects": ('[{"name": "cat"}]', 'label 0 is {"name": "cat"}, expected'),

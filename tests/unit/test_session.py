@@ -227,7 +227,7 @@ def test_a_rejected_token_is_retried_only_after_the_start(health: ServerHealth, 
     session = new_session(health, server, stop)
     assert session.get(URL).status_code == 401
     assert (server.attempts, health.last_error) == (1, "")
-    session.retry_auth_errors = True
+    session.is_streaming = True
     assert session.get(URL).status_code == 401
     assert clock.now == pytest.approx(103.0)
     assert server.attempts > 4

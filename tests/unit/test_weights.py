@@ -54,7 +54,7 @@ ACCEPTED: dict[str, tuple[Callable[[State], Any], str]] = {
     "both": (lambda state: renamed(state, "_orig_mod.module."), 'removed the prefix "_orig_mod.module."'),
     "Lightning": (
         lightning,
-        'took the weights from "state_dict"; removed the prefix "net." and left out 1 tensors without it, such as '
+        'took the weights from "state_dict"; removed the prefix "net." and left out 1 without it, such as '
         "criterion.weight",
     ),
     "a backbone and a head": (
@@ -76,7 +76,7 @@ ACCEPTED: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "averaged": (
         lambda state: renamed(state, "module.") | {"n_averaged": torch.tensor(5)},
-        'removed the prefix "module." and left out 1 tensors without it, such as n_averaged',
+        'removed the prefix "module." and left out 1 without it, such as n_averaged',
     ),
 }
 
@@ -157,15 +157,19 @@ REJECTED: dict[str, tuple[Callable[[State], Any], int, str]] = {
     "another head": (
         lambda state: state,
         7,
-        f"does not fit resnet-18 with 7 classes: {HEAD}: pass --labels FILE with 10 labels",
+        f"resnet-18 with 7 classes: {HEAD}: pass --labels FILE with as many labels as the weights have, 10",
     ),
-    "another head of Lightning": (lightning, 7, f"{HEAD}: pass --labels FILE with 10 labels"),
+    "another head of Lightning": (
+        lightning,
+        7,
+        f"{HEAD}: pass --labels FILE with as many labels as the weights have, 10",
+    ),
     "a head in a Sequential": (
         lambda state: (
             without(state, "fc.weight", "fc.bias") | {"fc.1.weight": state["fc.weight"], "fc.1.bias": state["fc.bias"]}
         ),
         CLASSES,
-        'its head "fc" is a Sequential (fc.1.',
+        'its head "fc" is a Sequential (fc.1.bias, fc.1.weight), expected one layer: rename fc.1.* to fc.*',
     ),
     "a head of two layers": (
         lambda state: (
@@ -183,7 +187,7 @@ REJECTED: dict[str, tuple[Callable[[State], Any], int, str]] = {
     "no head": (
         lambda state: without(state, "fc.weight", "fc.bias"),
         CLASSES,
-        "2 tensors are missing (fc.weight, fc.bias)",
+        "fc.weight, fc.bias: missing (2 in all)",
     ),
     "two networks": (
         lambda state: {"state_dict": renamed(state, "teacher.") | renamed(state, "student.")},
@@ -229,7 +233,7 @@ REJECTED: dict[str, tuple[Callable[[State], Any], int, str]] = {
     "a counter too many": (
         lambda state: state | {"aux.num_batches_tracked": torch.tensor(1)},
         CLASSES,
-        "of another network (aux.num_batches_tracked)",
+        "aux.num_batches_tracked: of another network (1 in all)",
     ),
     "a flat checkpoint": (lambda state: state | {"epoch": 3}, CLASSES, f"holds epoch among its tensors: {SAVE}"),
     "another checkpoint": (
@@ -240,7 +244,7 @@ REJECTED: dict[str, tuple[Callable[[State], Any], int, str]] = {
     "itself": (cyclic, CLASSES, "holds a dict of epoch, model"),
     "nothing": (lambda _: {}, CLASSES, "holds a dict of nothing"),
     "a list": (list, CLASSES, "holds a list"),
-    "odd names": (lambda state: state | {"a\nb": torch.ones(1)}, CLASSES, "of another network (a b)"),
+    "odd names": (lambda state: state | {"a\nb": torch.ones(1)}, CLASSES, "a b: of another network (1 in all)"),
 }
 
 
@@ -284,7 +288,7 @@ def test_files_of_other_programs_are_rejected_by_kind(
     assert_rejected(capsys, tmp_path, 10, "save it with torch.save() and no pickle_protocol")
     safetensors.torch.save_file(state, file)
     file.write_bytes(file.read_bytes()[:9000])
-    assert_rejected(capsys, tmp_path, 10, "it is damaged, or no file of weights (SafetensorError)")
+    assert_rejected(capsys, tmp_path, 10, "it is damaged, or no file of weights; expected what")
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 46830571\n")
     assert_rejected(capsys, tmp_path, 10, "it is a pointer of Git LFS: run git lfs pull")
     with warnings.catch_warnings():
