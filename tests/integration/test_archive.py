@@ -1,5 +1,6 @@
 """create_mar_file.py: what is in the archive, and what a user gets when there can be none."""
 
+import argparse
 import hashlib
 import http.server
 import json
@@ -43,6 +44,8 @@ def test_archive_holds_what_the_answers_depend_on(archives: Archives, weights: P
         "handler": {
             "network": "resnet-18",
             "top_k": 5,
+            "max_frames": 256,
+            "max_pixels": 4 * 7680 * 4320,
             "threads": 1,
             "precision": "fp32",
             "preprocessing": {
@@ -97,6 +100,8 @@ def test_pose_archive_has_min_score_the_sizes_of_training_and_time(archives: Arc
             "threads": 1,
             "precision": "fp32",
             "min_score": 0.7,
+            "max_frames": 16,
+            "max_pixels": 4 * 7680 * 4320,
             "preprocessing": {"min_size": 800, "max_size": 1333},
         },
     }
@@ -112,6 +117,8 @@ def test_activity_archive_has_the_preprocessing_of_videos(archives: Archives) ->
         "handler": {
             "network": "r3d-18",
             "top_k": 5,
+            "max_frames": 256,
+            "max_pixels": 4 * 7680 * 4320,
             "threads": 1,
             "precision": "fp32",
             "preprocessing": {
@@ -248,3 +255,15 @@ def test_download_is_checked_and_cached(tmp_path: Path, file_server: str, monkey
     with pytest.raises(DownloadError, match="404"):
         download_weights(f"{file_server}/net-11111111.pth")
     assert list(cached.parent.iterdir()) == [cached]
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_what_was_done_to_weights_is_one_line(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {f"module.{name}": value.half() for name, value in torch.load(weights).items()}
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1)}, "checkpoint.pth")
+    assert create_mar_file.main(["--weights", "checkpoint.pth"]) == 0
+    changes, written = capsys.readouterr().out.splitlines()
+    assert changes.startswith(
+        'checkpoint.pth: took the weights from "model"; removed the prefix "module."; converted float16'
+    )
+    assert written == f"{Path('model_store', 'resnet-18.mar')}: resnet-18, 1000 classes, for frames"

@@ -186,6 +186,7 @@ def test_every_response_says_what_a_client_has_to_know(
             "X-Model-Clip-Frames": clip_frames,
             "X-Model-Frame-Rate": frame_rate,
             "X-Model-Max-Frames": str(most),
+            "X-Model-Max-Pixels": "132710400",
             "X-Model-Batch-Size": "1",
         }
 
