@@ -19,8 +19,8 @@ def json_size(jpegs: Sequence[bytes]) -> int:
 
 
 def is_too_large(jpegs: Sequence[bytes], max_pixels: int) -> bool:
-    """Whether a JSON batch of JPEGs has too many bytes or pixels. All frames have the size of the first."""
-    return json_size(jpegs) > MAX_BODY_BYTES or len(jpegs) * pixels(jpegs[0]) > max_pixels
+    """Whether a JSON batch of JPEGs has too many bytes or pixels."""
+    return json_size(jpegs) > MAX_BODY_BYTES or sum(map(pixels, jpegs)) > max_pixels
 
 
 def fitting(jpegs: Sequence[bytes], max_pixels: int) -> Sequence[bytes]:

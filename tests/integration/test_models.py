@@ -169,13 +169,14 @@ def test_a_json_batch_is_split_at_the_pixels_of_the_model(fake: FakeServer, stop
     results: list[Result] = []
     with new_client(fake.url, stop, client_batching=True, batch_size=5) as client:
         client.wait_until_ready()
-        client.submit(frames([image + bytes([number]) for number in range(5)]), results.append)
+        small = jpeg(np.zeros((48, 64, 3), np.uint8))  # Cameras of different sizes share a JSON batch.
+        client.submit(frames([small] + [image + bytes([number]) for number in range(5)]), results.append)
         client.drain()
         too_large = jpeg(np.zeros((2160, 3841, 3), np.uint8))
         client.submit(frames([too_large, image]), results.append)
         client.drain()
-    assert [result.outcome for result in results] == ["answered"] * 5 + ["failed", "answered"]
+    assert [result.outcome for result in results] == ["answered"] * 6 + ["failed", "answered"]
     assert (
-        results[5].error == "413 the request is larger than the server accepts: use a smaller --batch_size or --resize"
+        results[6].error == "413 the request is larger than the server accepts: use a smaller --batch_size or --resize"
     )
-    assert sorted(map(len, clips_of(fake))) == [1, 2, 3]
+    assert sorted(map(len, clips_of(fake))) == [1, 3, 3]
