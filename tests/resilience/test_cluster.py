@@ -167,10 +167,11 @@ def test_largest_batches_of_a_device_do_not_stop_another_one(
     statuses = Counter[int]()
 
     def send_the_largest() -> None:
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        types = itertools.cycle(["application/json", "image/json", "application/json"])
         with requests.Session() as session:
             while not over.is_set():
-                for body in bodies:
+                for body, content_type in zip(bodies, types, strict=False):
+                    headers = {"Authorization": f"Bearer {token}", "Content-Type": content_type}
                     url, trusted = cluster.proxy.url + PREDICTIONS, str(cluster.proxy.certificate)
                     response = session.post(url, body, headers=headers, verify=trusted, timeout=60)
                     statuses[response.status_code] += 1
