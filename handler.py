@@ -67,7 +67,6 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         self.dtype = PRECISIONS[settings["precision"]]
         gpu = context.system_properties.get("gpu_id")
         self.device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
-
         archive = Path(context.system_properties["model_dir"])
         labels = list(load_label_mapping(str(archive / "index_to_name.json")).values())
         weights = torch.load(
