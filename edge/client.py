@@ -29,7 +29,8 @@ from edge.responses import ModelInfo
 from edge.session import RetrySession, ServerHealth
 from edge.timing import Timing
 
-# A frame may take so many times as long as the test image: other models share the cores, and there is more in it.
+# A frame may take so many times as long as that of the fastest response: other models share the cores, and there may be
+# more in it.
 LOAD_FACTOR = 10
 TEST_CAMERA = Camera("test image")
 TEST_IMAGE = TEST_CAMERA.encode(np.full((480, 640, 3), 128, np.uint8))

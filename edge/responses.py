@@ -16,7 +16,7 @@ from edge.frames import Frame, Result
 BATCH_HEADER = "X-Forward-Batch-Size"  # the number of frames in the forward pass; set by handler.py
 MAX_REQUEST_FRAMES = 256  # of a server that states no number, and of a clip
 MAX_REQUEST_PIXELS = 4 * 7680 * 4320  # of a server that states no number
-MIN_REQUEST_PIXELS = 3840 * 2160  # of any server
+MIN_REQUEST_PIXELS = 3840 * 2160  # of any server: create_mar_file.py sets no lower limit
 POSE_ESTIMATION = "pose-estimation"
 # The server is busy (503: its queue is full), lost a worker (500, 507), or a proxy can't reach it.
 TRANSIENT = frozenset({429, 500, 502, 503, 504, 507})

@@ -18,9 +18,9 @@ class Timing:
     # before it reaches them.
     response_s: float = 2.0
     first_response_s: float = 30.0  # to the test image: TorchServe may load the model first, and pose takes a core 13 s
-    slow_s: float = 0.25  # A model that takes longer for the test image gets more time for each frame.
+    slow_s: float = 0.25  # A model whose fastest response took longer gets more time for each frame.
     response_per_frame_s: float = 1 / 3  # A server that is slower than 3 frames/s counts as one that hangs.
-    max_response_per_frame_s: float = 60.0  # of a slow model, which took long for the test image
+    max_response_per_frame_s: float = 60.0  # of a slow model
     min_response_s: float = 5.0  # TorchServe pauses for seconds while it restarts a worker
     first_backoff_s: float = 0.1  # about one forward pass: after that a busy server has a free worker
     max_backoff_s: float = 1.0  # so that a server that is back is found within a second

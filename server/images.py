@@ -19,10 +19,10 @@ MAX_PIXELS = 7680 * 4320  # Of an image, as many as 8K video has. A small file c
 MAX_ASPECT_RATIO = 32  # Long edge to short edge. An image of 1 x 65,000 is small until it is resized.
 # How often an image may have what is slow to decode. Each scan of a JPEG goes over the whole image (a progressive one
 # has about 10), its EXIF blocks are joined one by one, and the texts and profiles of a PNG can grow a thousandfold.
-MAX_PARTS = 10_000
 JPEG_PARTS = {b"\xff\xda": ("scans", 32), b"\xff\xe1": ("EXIF blocks", 512)}
 # No camera codes frames arithmetically or without loss, and a few bytes of such a frame can cost seconds.
 JPEG_PARTS |= {bytes([255, 192 + kind]): ("frames of a rare coding", 0) for kind in (3, 5, 6, 7, 9, 10, 11, 13, 14, 15)}
+MAX_PARTS = 10_000  # of any kind: Pillow takes seconds for the million that a request can hold
 PNG_PARTS = {b"iTXt": ("texts", 4), b"zTXt": ("compressed texts", 4), b"iCCP": ("colour profiles", 4)}
 # The markers that have a length in libjpeg and in Pillow. Behind others nothing is skipped: it could hide scans.
 JPEG_SEGMENT, JPEG_END = re.compile(rb"\xff[\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe]"), b"\xff\xd9"
