@@ -95,18 +95,8 @@ def torchserve(
 
     Raises NodeError if a model is not ready within READY_TIMEOUT_S seconds.
     """
-    inference, management, metrics, grpc_inference, grpc_management, worker = ports or free_ports(NODE_PORTS)
-    config = (PROJECT / "config.properties").read_text() if config is None else config
-    # The last of several lines with one key counts.
-    (folder / "node.properties").write_text(
-        f"{config}\n"
-        f"inference_address=http://127.0.0.1:{inference}\n"
-        f"management_address=http://127.0.0.1:{management}\n"
-        f"metrics_address=http://127.0.0.1:{metrics}\n"
-        f"grpc_inference_port={grpc_inference}\n"
-        f"grpc_management_port={grpc_management}\n"
-        f"initial_worker_port={worker}\n"
-    )
+    ports = ports or free_ports(NODE_PORTS)
+    (folder / "node.properties").write_text(properties(config, ports))
     (folder / "key_file.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
     command += ["--model-store", "model_store", "--ts-config", "node.properties"]
@@ -119,21 +109,40 @@ def torchserve(
         process = psutil.Popen(
             command,
             cwd=folder,
-            # TS_CONFIG_FILE would have precedence over --ts-config.
-            env={name: value for name, value in os.environ.items() if name != "TS_CONFIG_FILE"}
-            | java_environment()
-            | {"TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
-            | (environment or {}),
+            env=node_environment(scratch) | (environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C reaches only this process, which then ends TorchServe in order.
         )
         cleanup.callback(end, process)
-        node = Node(folder, f"http://127.0.0.1:{inference}", f"http://127.0.0.1:{management}", process)
+        node = Node(folder, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", process)
         for model in models:
             wait_until_ready(node, model)
         yield node
+
+
+def properties(config: str | None, ports: Sequence[int]) -> str:
+    """Return a configuration (default: config.properties) with these ports instead of its addresses."""
+    config = (PROJECT / "config.properties").read_text() if config is None else config
+    inference, management, metrics, grpc_inference, grpc_management, worker = ports
+    # The last of several lines with one key counts.
+    return (
+        f"{config}\n"
+        f"inference_address=http://127.0.0.1:{inference}\n"
+        f"management_address=http://127.0.0.1:{management}\n"
+        f"metrics_address=http://127.0.0.1:{metrics}\n"
+        f"grpc_inference_port={grpc_inference}\n"
+        f"grpc_management_port={grpc_management}\n"
+        f"initial_worker_port={worker}\n"
+    )
+
+
+def node_environment(scratch: str) -> dict[str, str]:
+    """Return the environment of a TorchServe with a temporary directory of its own."""
+    # TS_CONFIG_FILE would have precedence over --ts-config.
+    own = {name: value for name, value in os.environ.items() if name != "TS_CONFIG_FILE"}
+    return own | java_environment() | {"TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
 
 
 def wait_until_ready(node: Node, model: str) -> None:
