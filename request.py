@@ -24,13 +24,13 @@ from edge.client import TorchServeClient, open_clients
 from edge.clock import Sampler
 from edge.errors import EdgeError, SourceError
 from edge.frames import Frame, Result, Stream
-from edge.metrics import serve_metrics
 from edge.options import Options, parse_args
 from edge.outputs import JsonLines, Output, Outputs, Progress, Terminal
 from edge.process import handle_signals, run_and_leave
 from edge.stats import CameraStats, summary
 from edge.timing import Timing
 from edge.video import Video
+from edge.web import serve_page
 
 Stats = dict[Stream, CameraStats]
 MAX_RESULTS = 100  # With more waiting results, a slow output slows down everything before it.
@@ -113,7 +113,8 @@ class Pipeline:
             stream = item.frame.stream
             if item.outcome == "failed" and not stream.camera.is_live:
                 self.record_error(self.clients[stream.model].health.error_after(self.options.server_wait_s))
-            for result in reorder_buffers[stream].add(item if self.options.save_video else item.without_image()):
+            has_image = outputs.needs_images(stream.camera)
+            for result in reorder_buffers[stream].add(item if has_image else item.without_image()):
                 if self.stats[stream].record(result) and result.outcome == "failed":
                     log.warning("%s: frame %d failed: %s", stream.name(self.clients), result.frame.number, result.error)
                 if result.outcome != "dropped":  # A dropped frame was not taken from the buffer.
@@ -151,9 +152,9 @@ class Pipeline:
         return self.source_code or int(has_failed)
 
 
-def open_outputs(cameras: list[Camera], options: Options, stop: Event) -> Outputs:
+def open_outputs(cameras: list[Camera], page: Output | None, options: Options, stop: Event) -> Outputs:
     """Open the outputs that were asked for. Raises OutputError if one can't be opened."""
-    outputs: list[Output] = []
+    outputs = [page] if page else []
     if options.jsonl is not None:
         outputs.append(JsonLines(options.jsonl))
     outputs += [Video(path, camera, options.model) for path, camera in zip(options.video_paths, cameras, strict=False)]
@@ -168,14 +169,14 @@ def stream(cameras: list[Camera], options: Options, stop: Event, timing: Timing)
     """Check the files, wait for the server, and run the pipeline; return the exit code. Raises EdgeError."""
     with open_clients(options, stop, timing) as clients:
         stats = {Stream(camera, client.model): CameraStats() for camera in cameras for client in clients}
-        with serve_metrics(options.metrics_port, stats):
+        with serve_page(options.http, stats, clients) as page:
             for camera in cameras:
                 if options.require_cameras or not camera.is_live:
                     camera.check()
             for client in clients:
                 client.wait_until_ready()
             pipeline = Pipeline(stats, clients, options, stop, timing)
-            return 0 if stop.is_set() else pipeline.run(open_outputs(cameras, options, stop))
+            return 0 if stop.is_set() else pipeline.run(open_outputs(cameras, page, options, stop))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,8 @@ def section(script: str, parser: argparse.ArgumentParser) -> str:
     """Return a script's section: its description, a table of its flags, and its exit codes."""
     lines = [f"## {script}", "", parser.description or "", "", "| flag | meaning |", "| --- | --- |"]
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
+        actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
+        actions = [action for action in actions if not isinstance(action, argparse._HelpAction)]
         if actions and group.title not in ("options", "positional arguments"):
             lines.append(f"| **{group.title}** | |")
         lines += [f"| {flags(action)} | {meaning(parser, action)} |" for action in actions]

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 
@@ -15,6 +15,9 @@ from edge.frames import DropPolicy, Frame, Image
 from edge.live import LiveSource
 from edge.probe import no_frames_problem
 from edge.timing import Timing
+
+# Of a camera: no frame yet; frames come; lost, until it is back; no more frames will come.
+State = Literal["waiting", "live", "lost", "ended"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class Camera:
         self._resize = resize
         self._jpeg_quality = jpeg_quality
         self.drop = drop
+        self.state: State = "waiting"
+        self.last_frame: Frame | None = None  # that has an image
         self._is_rate_reported = False
 
     @property
@@ -104,9 +109,16 @@ class Camera:
         Raises SourceError if a file can't be opened, or can't be read to its end. A live source raises it only
         for an image that JPEG can't hold.
         """
-        for number, image in enumerate(self._images(stop), start=1):
-            jpeg = b"" if image.pixels is None else self.encode(image.pixels)
-            yield Frame(self, number, image.captured_at, jpeg, image.position_s)
+        try:
+            for number, image in enumerate(self._images(stop), start=1):
+                jpeg = b"" if image.pixels is None else self.encode(image.pixels)
+                frame = Frame(self, number, image.captured_at, jpeg, image.position_s)
+                self.state = "live"
+                if jpeg:
+                    self.last_frame = frame
+                yield frame
+        finally:
+            self.state = "ended"
 
     def video_fps(self) -> float:
         """Return the rate of an annotated video: the stated one, unless the frames of a file come at other times."""

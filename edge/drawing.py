@@ -10,6 +10,7 @@ from edge.frames import Frame, Result
 
 MAX_LABELS = 3  # of a single model; several models have one line each
 MAX_AGE_S = 1.0  # An older prediction is drawn with its age.
+MAX_SHORT_EDGE, JPEG_QUALITY = 720, 80  # of a picture for the web page
 MAX_PIXELS = 30_000  # OpenCV draws up to here: a prediction may be anywhere.
 WHITE, BLACK, GREEN, YELLOW, RED = (255, 255, 255), (0, 0, 0), (0, 220, 0), (0, 230, 255), (0, 0, 255)
 
@@ -36,6 +37,15 @@ def annotate(frame: Frame, latest: Mapping[str, Result]) -> Any:
             draw_persons(image, result.predictions)
     draw_lines(image, lines)
     return image
+
+
+def draw_jpeg(frame: Frame, latest: Mapping[str, Result]) -> bytes:
+    """Return the annotated image as a JPEG, with a short edge of at most MAX_SHORT_EDGE pixels."""
+    image = annotate(frame, latest)
+    scale = MAX_SHORT_EDGE / min(image.shape[:2])
+    if scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
 
 
 def labels_of(result: Result) -> list[str]:

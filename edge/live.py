@@ -81,6 +81,7 @@ class LiveSource:
                 interval_s = self._camera.interval_s or 1 / SNAPSHOT_FPS
                 stop.wait(max(0.0, opened_at + interval_s - time.monotonic()))
             elif not stop.is_set():
+                self._camera.state = "lost"
                 if self._losses.record_loss():
                     self._losses.report(self._text(error, stop))
                 stop.wait(backoff_s(self._timing.first_reconnect_s, self._timing.max_reconnect_s, attempt))

@@ -1,23 +1,18 @@
-"""The stats for Prometheus: `request.py --metrics-port`."""
+"""The stats for Prometheus, at /metrics of the web page."""
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from edge.errors import OutputError
 from edge.frames import Stream
 from edge.stats import OUTCOMES, CameraStats
 
 # Seconds from capture to response: from an idle server to one that is far behind.
 BUCKETS_S = (0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, math.inf)
-SCRAPE_TIMEOUT_S = 5.0  # A client that does not complete its request holds a thread no longer than this.
 
 
 class StatsCollector(Collector):
@@ -45,27 +40,3 @@ class StatsCollector(Collector):
             buckets = zip(map(floatToGoString, BUCKETS_S), counts.latencies.counts(BUCKETS_S), strict=True)
             latency.add_metric(stream, list(buckets), counts.latencies.total_s)
         yield from (captured, frames, latency)
-
-
-@contextmanager
-def serve_metrics(address: tuple[str, int] | None, stats: Mapping[Stream, CameraStats]) -> Iterator[None]:
-    """Serve the stats at http://address/metrics until the block ends. Raises OutputError if that fails."""
-    if address is None:
-        yield
-        return
-    host, port = address
-    registry = CollectorRegistry()
-    registry.register(StatsCollector(stats))
-    try:
-        server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        raise OutputError(f"can't serve metrics on {host}:{port}: {error.strerror or error}") from error
-    handler: Any = server.RequestHandlerClass
-    server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SCRAPE_TIMEOUT_S})
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that has left
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -51,7 +51,7 @@ class Options:
     quiet: bool
     jsonl: str | None
     save_video: Path | None
-    metrics_port: tuple[str, int] | None
+    http: tuple[str, int] | None
 
     @property
     def video_paths(self) -> list[Path]:
@@ -132,8 +132,9 @@ def new_parser() -> argparse.ArgumentParser:
     add("--jsonl", metavar="FILE", help=text)
     text = "write the frames with their predictions drawn on, as .mp4, .mkv or .avi; several cameras: FILE-1, FILE-2"
     add("--save-video", type=video, metavar="FILE", help=text)
-    text = "serve the stats to Prometheus at port N, of 127.0.0.1 unless an address is given"
-    add("--metrics-port", type=listener, metavar="[ADDRESS:]N", help=text)
+    text = "serve a web page with the cameras and the stats, and metrics for Prometheus; it has no password"
+    add("--http", type=listener, metavar="[ADDRESS:]PORT", help=f"{text} (default address: 127.0.0.1)")
+    add("--metrics-port", type=listener, dest="http", help=argparse.SUPPRESS)  # its name until 2026
     return parser
 
 

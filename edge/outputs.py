@@ -41,6 +41,10 @@ class Output:
     def write(self, result: Result) -> None:
         """Write a result. Raises OSError if that fails."""
 
+    def needs_images(self, camera: Camera) -> bool:  # noqa: ARG002
+        """Return whether the results of a camera must have the images of their frames, which take memory."""
+        return False
+
     def poll(self) -> None:
         """Called several times a second while there are no results."""
 
@@ -60,6 +64,9 @@ class Outputs:
 
     def write(self, result: Result) -> None:
         self._call_each(lambda output: output.write(result))
+
+    def needs_images(self, camera: Camera) -> bool:
+        return any(output.needs_images(camera) for output in self._outputs)
 
     def poll(self) -> None:
         self._call_each(lambda output: output.poll())

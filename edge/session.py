@@ -26,7 +26,8 @@ class ServerHealth:
     def __init__(self, url: str, timing: Timing) -> None:
         self.last_error = ""
         self.is_down = False  # as it was reported
-        self._url = url
+        self.has_responded = False  # ever
+        self.url = url
         self._report_after_s = timing.report_after_s
         self._failing_since: float | None = None
         self._lock = threading.Lock()
@@ -37,19 +38,25 @@ class ServerHealth:
             self._failing_since = self._failing_since or time.monotonic()
             if not self.is_down and self.down_for_s() >= self._report_after_s:
                 self.is_down = True
-                log.warning("%s is not responding (%s); retrying until it does", self._url, reason)
+                log.warning("%s is not responding (%s); retrying until it does", self.url, reason)
 
     def record_success(self) -> None:
         with self._lock:
             if self.is_down:
-                log.warning("%s is responding again after %.1f s", self._url, self.down_for_s())
-            self._failing_since, self.is_down = None, False
+                log.warning("%s is responding again after %.1f s", self.url, self.down_for_s())
+            self._failing_since, self.is_down, self.has_responded = None, False, True
+
+    def state(self) -> dict[str, Any]:
+        """Return whether the server responds, as it was reported; if not, since when and why: for the web page."""
+        if self.is_down:
+            return {"state": "not responding", "down_for_s": self.down_for_s(), "error": self.last_error}
+        return {"state": "responding" if self.has_responded else "waiting"}
 
     def error_after(self, wait_s: float) -> ServerError | None:
         """Return the error of a server that did not respond for wait_s; None if it did."""
         if 0 < self.down_for_s() >= wait_s:
             return ServerError(
-                f"{self._url} did not respond for {wait_s:g} s ({self.last_error}): see the server's logs"
+                f"{self.url} did not respond for {wait_s:g} s ({self.last_error}): see the server's logs"
             )
         return None
 

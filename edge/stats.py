@@ -1,15 +1,17 @@
-"""Counts, latencies and rates of each stream, and the summary at the end."""
+"""Counts, latencies and rates of each stream, its last minute, and the summary at the end."""
 
 import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from edge.frames import Outcome, Result, Stream
 
 OUTCOMES = get_args(Outcome)
 RATE_WINDOW_S = 10.0
+MINUTE_S = 60
+MAX_RESULTS = 10_000  # of a minute: enough for 166 frames a second, and some 1 MB
 MAX_CAUSES = 20
 BUCKET_RATIO = 1.01  # of the bounds of a bucket
 
@@ -32,9 +34,13 @@ class Latencies:
         return [sum(count for number, count in buckets.items() if BUCKET_RATIO**number <= bound) for bound in bounds_s]
 
     def percentile(self, percent: float) -> float:
-        """Return the seconds that `percent` % of the latencies do not exceed, 0.0 if there are none."""
-        left = self._buckets.total() * percent / 100
-        for number, count in sorted(self._buckets.items()):
+        """Return the seconds that `percent` % of the latencies do not exceed, 0.0 if there are none.
+
+        Any thread may call it.
+        """
+        buckets = dict(self._buckets)
+        left = sum(buckets.values()) * percent / 100
+        for number, count in sorted(buckets.items()):
             left -= count
             if left <= 0:
                 return min(BUCKET_RATIO ** (number + 1), self.max_s)
@@ -61,6 +67,47 @@ class Rate:
             self._answered_at.popleft()
         seconds = min(RATE_WINDOW_S, now - self._start) if self._start is not None else 0.0
         return len(self._answered_at) / seconds if seconds > 0 else 0.0
+
+
+class LastMinute:
+    """The results of a stream in the last 60 seconds, at most MAX_RESULTS of them. Any thread may read the figures."""
+
+    def __init__(self) -> None:
+        self._results = deque[tuple[float, Outcome, float]](maxlen=MAX_RESULTS)  # arrival, outcome, latency in ms
+        self._begin = math.inf
+
+    def add(self, result: Result, now: float) -> None:
+        """Add a result that arrived at `now`, time.monotonic() seconds."""
+        self._begin = min(self._begin, now)
+        self._results.append((now, result.outcome, 1000 * (result.latency_s or 0.0)))
+
+    def figures(self, now: float) -> dict[str, Any]:
+        """Return answered frames a second and the share of lost ones in the last 10 s, and latencies in milliseconds.
+
+        "seconds" has the p50 and p99 of each of the last 60 seconds, the latest last; None without a response.
+        """
+        results = self._results.copy()
+        recent = [outcome for at, outcome, _ in results if at > now - RATE_WINDOW_S]
+        lost = recent.count("dropped") + recent.count("expired")
+        fps = recent.count("answered") / min(RATE_WINDOW_S, max(1.0, now - self._begin))
+        seconds: list[list[float]] = [[] for _ in range(MINUTE_S)]
+        for at, outcome, ms in results:
+            if outcome == "answered" and now - at < MINUTE_S:
+                seconds[-1 - int(max(0.0, now - at))].append(ms)
+        minute = [ms for second in seconds for ms in second]
+        return {
+            "last_10_s": {"fps": round(fps, 1), "lost_share": round(lost / max(1, len(recent)), 3)},
+            "last_minute": {
+                "p50_ms": percentile(minute, 50),
+                "p99_ms": percentile(minute, 99),
+                "seconds": [[percentile(second, 50), percentile(second, 99)] for second in seconds],
+            },
+        }
+
+
+def percentile(values: list[float], percent: float) -> float | None:
+    """Return the value that `percent` % of the values do not exceed, None if there are none."""
+    return round(sorted(values)[math.ceil(len(values) * percent / 100) - 1], 1) if values else None
 
 
 @dataclass
@@ -103,23 +150,34 @@ class CameraStats:
         seconds = self.last_answered_at - (self.first_captured_at or 0.0)
         return self.outcomes["answered"] / seconds if seconds > 0 else 0.0
 
-    def mean_batch(self) -> float:
+    def mean_batch(self) -> float | None:
         """Return the mean number of frames in a forward pass; each pass is counted once by each of its frames."""
-        passes = sum(count / size for size, count in self.batch_sizes.items())
-        return self.batch_sizes.total() / passes if passes else 0.0
+        sizes = dict(self.batch_sizes)
+        passes = sum(count / size for size, count in sizes.items())
+        return sum(sizes.values()) / passes if passes else None
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the columns of the summary; None for latencies and batch if no frame was answered."""
+        names = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99, "max_ms": 100}
+        has_latency = self.outcomes["answered"] > 0
+        return {
+            "captured": self.captured,
+            **{outcome: self.outcomes[outcome] for outcome in OUTCOMES},
+            "fps": self.fps(),
+            **{name: 1000 * self.latencies.percentile(each) if has_latency else None for name, each in names.items()},
+            "batch": self.mean_batch(),
+        }
 
 
 def summary(stats: Mapping[Stream, CameraStats]) -> str:
     """Return a table with a line for each stream, and below it the causes of the frames that were not answered."""
     rows = [["camera", "model", "captured", *OUTCOMES, "FPS", "p50 ms", "p95 ms", "p99 ms", "max ms", "batch"]]
+    formats = ["d"] * (1 + len(OUTCOMES)) + [".1f"] + [".0f"] * 4 + [".1f"]
     causes, models = [], {stream.model for stream in stats}
     for stream, counts in stats.items():
-        outcomes = [str(counts.outcomes[outcome]) for outcome in OUTCOMES]
-        seconds = [*map(counts.latencies.percentile, (50, 95, 99)), counts.latencies.max_s]
-        latencies = [f"{1000 * each:.0f}" if counts.outcomes["answered"] else "-" for each in seconds]
-        batch = f"{counts.mean_batch():.1f}" if counts.batch_sizes else "-"
-        cells = [stream.camera.name, stream.model, str(counts.captured), *outcomes]
-        rows.append([*cells, f"{counts.fps():.1f}", *latencies, batch])
+        figures = zip(counts.figures().values(), formats, strict=True)
+        cells = ["-" if value is None else format(value, spec) for value, spec in figures]
+        rows.append([stream.camera.name, stream.model, *cells])
         name = stream.name(models)
         causes += [f"{name}: {n} {outcome}: {cause}" for (outcome, cause), n in counts.causes.most_common()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

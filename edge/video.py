@@ -85,6 +85,9 @@ class Video(Output):
         self._frames: dict[int, Frame] = {}  # that are not shown yet; without an image if no model got it so far
         self._number = 0  # of the last frame that was shown
 
+    def needs_images(self, camera: Camera) -> bool:
+        return camera is self._camera
+
     def write(self, result: Result) -> None:
         frame = result.frame
         if frame.camera is not self._camera:

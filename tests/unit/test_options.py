@@ -51,8 +51,8 @@ def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str
         (["--save-video", "mp4"], "argument --save-video: expected a name that ends in"),
         (["--save-video", "a.mkv", "--jsonl", "./a.mkv"], "a.mkv is an input or another output too"),
         (["--input", "1", "--input", "2", "--save-video", "a.mkv", "--jsonl", "a-2.mkv"], "another output too"),
-        (["--metrics-port", "70000"], "expected a port or ADDRESS:PORT, got '70000'"),
-        (["--metrics-port", "127.0.0.1"], "expected a port or ADDRESS:PORT"),
+        (["--http", "70000"], "expected a port or ADDRESS:PORT, got '70000'"),
+        (["--http", "127.0.0.1"], "expected a port or ADDRESS:PORT"),
     ],
 )
 def test_wrong_usage(
@@ -104,7 +104,7 @@ def test_defaults() -> None:
         quiet=False,
         jsonl=None,
         save_video=None,
-        metrics_port=None,
+        http=None,
     )
 
 
@@ -125,9 +125,10 @@ def test_defaults() -> None:
         (["--token-file", "keys/key_file.json"], "token_file", Path("keys/key_file.json")),
         (["--save-video", "out.MP4"], "save_video", Path("out.MP4")),
         (["--jsonl", "-"], "jsonl", "-"),
-        (["--metrics-port", "9000"], "metrics_port", ("127.0.0.1", 9000)),
-        (["--metrics-port", "0.0.0.0:9000"], "metrics_port", ("0.0.0.0", 9000)),
-        (["--metrics-port", "[::1]:9000"], "metrics_port", ("::1", 9000)),
+        (["--http", "9000"], "http", ("127.0.0.1", 9000)),
+        (["--http", "0.0.0.0:9000"], "http", ("0.0.0.0", 9000)),
+        (["--http", "[::1]:9000"], "http", ("::1", 9000)),
+        (["--metrics-port", "9000"], "http", ("127.0.0.1", 9000)),  # its name until 2026
         (["--max-in-flight", "2"], "max_in_flight", 2),
         (["--model", "a", "--model", "b"], "model", ["a", "b"]),
         # The API key is sent only to the host that gets the token as well.

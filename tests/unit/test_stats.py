@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.frames import Frame, Result, Stream
-from edge.stats import CameraStats, Latencies, Rate, summary
+from edge.stats import MAX_RESULTS, CameraStats, LastMinute, Latencies, Rate, summary
 from tests.support.frames import CLIP
 from tests.support.results import CAT, FILE, LIVE, dropped, result
 
@@ -97,3 +97,34 @@ def test_rate_counts_the_last_10_seconds() -> None:
         rate.add(result(number, at=100.0 + number), now=100.5 + number)
     assert rate.fps(now=199.5) == 1.0
     assert rate.fps(now=300.0) == 0.0
+
+
+def test_last_minute_has_the_latencies_of_each_second() -> None:
+    minute = LastMinute()
+    nothing = {"p50_ms": None, "p99_ms": None, "seconds": [[None, None]] * 60}
+    assert minute.figures(100.0) == {"last_10_s": {"fps": 0.0, "lost_share": 0.0}, "last_minute": nothing}
+    frame = Frame(FILE, 1, 0.0, b"")
+    for number in range(1000):  # ten a second, for 100 s; each second has latencies of 10 to 100 ms
+        answered = Result(frame, "answered", CAT, latency_s=0.01 * (1 + number % 10))
+        minute.add(dropped(number) if number % 10 == 4 else answered, now=100.05 + number / 10)
+    figures = minute.figures(now=200.0)
+    assert figures["last_10_s"] == {"fps": 9.0, "lost_share": 0.1}
+    assert figures["last_minute"] == {"p50_ms": 60.0, "p99_ms": 100.0, "seconds": [[60.0, 100.0]] * 60}
+    figures = minute.figures(now=230.0)
+    assert figures["last_10_s"] == {"fps": 0.0, "lost_share": 0.0}
+    assert figures["last_minute"]["seconds"] == [[60.0, 100.0]] * 30 + [[None, None]] * 30
+    assert minute.figures(now=1000.0)["last_minute"] == nothing
+
+
+def test_rate_of_the_first_seconds_is_not_that_of_ten_seconds() -> None:
+    minute = LastMinute()
+    for number in range(50):
+        minute.add(result(number), now=100.0 + number / 25)
+    assert minute.figures(now=102.0)["last_10_s"]["fps"] == 25.0
+
+
+def test_last_minute_needs_no_more_memory_with_more_frames() -> None:
+    minute = LastMinute()
+    for number in range(MAX_RESULTS + 1000):
+        minute.add(result(1), now=100 + number / 1000)
+    assert len(minute._results) == MAX_RESULTS

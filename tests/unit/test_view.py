@@ -1,0 +1,273 @@
+"""edge/view.py: which frame a picture shows, what a picture costs, and the figures."""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from edge import view
+from edge.cameras import Camera
+from edge.drawing import MAX_AGE_S, annotate, draw_jpeg
+from edge.frames import Frame, Result, Stream
+from edge.session import ServerHealth
+from edge.stats import CameraStats
+from edge.timing import Timing
+from edge.view import PICTURE_INTERVAL_S, WATCHED_S, CameraView, LiveView
+from tests.support.clock import Clock
+from tests.support.frames import jpeg
+from tests.support.results import CAT, MODEL, dropped, result
+
+POSE = "keypointrcnn-resnet50-fpn"
+STEP_S = 1.25 * PICTURE_INTERVAL_S
+Drawn = list[tuple[int, dict[str, int]]]  # the number of the frame, and those of the predictions
+
+
+@pytest.fixture
+def camera() -> Camera:
+    return Camera("rtsp://cam/live")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    """What was drawn; the picture is a different object each time."""
+    calls: Drawn = []
+
+    def draw(frame: Frame, latest: Mapping[str, Result]) -> bytes:
+        calls.append((frame.number, {model: each.frame.number for model, each in latest.items()}))
+        return b"picture %d" % len(calls)
+
+    monkeypatch.setattr(view, "draw_jpeg", draw)
+    return calls
+
+
+@pytest.fixture
+def drawer() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.fixture
+def pictures(camera: Camera, drawer: ThreadPoolExecutor) -> CameraView:
+    return CameraView(camera, [MODEL, POSE], drawer)
+
+
+def capture(camera: Camera, number: int, at: float) -> None:
+    """Have the camera read a frame, as Camera.frames() does."""
+    camera.last_frame = Frame(camera, number, at, jpeg(np.full((48, 64, 3), 50, np.uint8)))
+
+
+def test_nothing_is_drawn_and_no_image_is_kept_without_viewers(
+    camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock
+) -> None:
+    assert not pictures.is_watched()
+    for number in range(1, 100):
+        capture(camera, number, clock.now)
+        pictures.write(result(number, camera, at=clock.now).without_image())
+        clock.now += 0.04
+    assert drawn == []
+    assert pictures.picture() == b"picture 1"
+    assert pictures.is_watched()
+    clock.now += WATCHED_S
+    assert not pictures.is_watched()
+
+
+def test_the_latest_frame_is_drawn_at_most_10_times_a_second_for_all_viewers_together(
+    camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock
+) -> None:
+    begin = clock.now
+    for number in range(1, 101):  # 4 s of a camera of 25 frames/s, and of three viewers
+        capture(camera, number, clock.now)
+        pictures.write(result(number, camera, at=clock.now))
+        assert len({pictures.picture() for _ in range(3)}) == 1
+        clock.now += 0.04
+    assert 0.9 * 10 * (clock.now - begin) - 10 < len(drawn) <= 10 * (clock.now - begin) + 1
+    assert len(drawn) > 30
+    numbers = [number for number, _ in drawn]
+    assert numbers == sorted(set(numbers))
+    assert [latest[MODEL] for _, latest in drawn] == numbers
+
+
+def test_unchanged_frame_is_not_drawn_again(camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock) -> None:
+    capture(camera, 1, clock.now)
+    pictures.write(result(1, camera, at=clock.now))
+    first = pictures.picture()
+    clock.now += STEP_S
+    assert pictures.picture() is first
+    # The second model responds to the same frame.
+    pictures.write(result(1, camera, at=clock.now, model=POSE))
+    assert pictures.picture() is not first
+    assert drawn == [(1, {MODEL: 1}), (1, {MODEL: 1, POSE: 1})]
+
+
+def test_frame_is_shown_when_the_first_model_has_responded(
+    camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock
+) -> None:
+    for number, model in ((1, POSE), (1, MODEL), (2, MODEL), (3, MODEL), (2, POSE)):
+        capture(camera, 4, clock.now)
+        pictures.write(result(number, camera, at=clock.now, model=model))
+        pictures.picture()
+        clock.now += STEP_S
+    assert drawn == [
+        (1, {POSE: 1}),
+        (1, {MODEL: 1, POSE: 1}),
+        (2, {MODEL: 2, POSE: 1}),
+        (3, {MODEL: 3, POSE: 1}),
+        (3, {MODEL: 3, POSE: 2}),
+    ]
+
+
+def test_late_responses_don_t_stop_the_picture_and_it_never_goes_back(
+    camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock
+) -> None:
+    """The server stops responding after frame 10, and is back, later, with frames that were captured before."""
+    for number in range(1, 41):
+        capture(camera, number, clock.now)
+        if number <= 10:
+            pictures.write(result(number, camera, at=clock.now))
+        pictures.picture()
+        clock.now += STEP_S
+    assert drawn[9] == (10, {MODEL: 10})
+    # First MAX_AGE_S without a new picture, then the frames that were read, with the last prediction.
+    assert [number for number, _ in drawn[10:]] == list(range(11 + round(MAX_AGE_S / STEP_S), 41))
+    assert {latest[MODEL] for _, latest in drawn[10:]} == {10}
+    assert camera.last_frame
+    for number in (39, 40, 41):
+        pictures.write(result(number, camera, at=camera.last_frame.captured_at))
+        pictures.picture()
+        clock.now += STEP_S
+    assert [number for number, _ in drawn][-3:] == [40, 40, 41]
+
+
+def test_dropped_frames_change_nothing(camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock) -> None:
+    assert pictures.picture() == b""
+    capture(camera, 2, clock.now)
+    pictures.write(result(1, camera, at=clock.now))
+    pictures.write(dropped(2, camera, at=clock.now))
+    assert pictures.picture() == b"picture 1"
+    assert drawn == [(1, {MODEL: 1})]
+
+
+def test_slow_drawing_delays_only_those_who_watch(
+    camera: Camera, pictures: CameraView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def draw(*_: object) -> bytes:
+        begun.set()
+        assert may_end.wait(20)
+        return b"picture"
+
+    monkeypatch.setattr(view, "draw_jpeg", draw)
+    capture(camera, 1, 0.0)
+    pictures.write(result(1, camera))
+    viewer = threading.Thread(target=pictures.picture)
+    viewer.start()
+    assert begun.wait(20)
+    pictures.write(result(2, camera))  # The main thread does not wait.
+    assert pictures.is_watched()
+    may_end.set()
+    viewer.join()
+
+
+@pytest.mark.parametrize(("size", "expected"), [((480, 640), (480, 640)), ((1080, 1920), (720, 1280))])
+def test_picture_is_the_annotated_frame_at_most_720_pixels_high(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    image = np.full((*size, 3), (40, 120, 200), np.uint8)
+    frame = Frame(Camera("0"), 1, 0.0, jpeg(image))
+    latest = {MODEL: Result(frame, "answered", CAT)}
+    found: Any = cv2.imdecode(np.frombuffer(draw_jpeg(frame, latest), np.uint8), cv2.IMREAD_COLOR)
+    assert found.shape[:2] == expected
+    annotated = cv2.resize(annotate(frame, latest), expected[::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(found.astype(int) - annotated).mean() < 3
+    assert found[:50, :50].min() < 20  # the label
+
+
+@pytest.fixture
+def live(camera: Camera) -> Iterator[LiveView]:
+    """Two cameras, and two models whose servers are in different states."""
+    healths = {MODEL: ServerHealth("http://a:8080", Timing()), POSE: ServerHealth("http://b:8080", Timing())}
+    clients: Any = [SimpleNamespace(model=model, health=health) for model, health in healths.items()]
+    stats = {Stream(each, model): CameraStats() for each in (camera, Camera("0")) for model in healths}
+    page = LiveView(stats, clients)
+    yield page
+    page.drawer.shutdown()
+
+
+def test_images_are_needed_only_of_the_camera_that_is_watched(camera: Camera, live: LiveView) -> None:
+    other = next(each for each in live.cameras if each is not camera)
+    live.cameras[camera].picture()
+    assert live.needs_images(camera)
+    assert not live.needs_images(other)
+
+
+def test_figures_are_json_with_the_summary_of_each_model(camera: Camera, live: LiveView, clock: Clock) -> None:
+    counts = live._stats[Stream(camera, MODEL)]
+    for number in range(1, 5):
+        counts.captured += 1
+        each = result(number, camera, at=clock.now) if number < 4 else dropped(number, camera, at=clock.now)
+        counts.record(each)
+        live.write(each)
+    figures = json.loads(json.dumps(live.figures(), allow_nan=False))
+    first, second = figures["cameras"]
+    assert (first["name"], first["state"], second["name"]) == ("rtsp://cam/live", "waiting", "0")
+    model, pose = first["models"]
+    assert [model[name] for name in ("model", "captured", "answered", "dropped", "failed", "expired")] == [
+        *(MODEL, 4, 3, 1, 0, 0)
+    ]
+    assert model["labels"] == ["cat 0.75", "dog 0.25"]
+    assert model["causes"] == [["dropped", "buffer full", 1]]
+    assert model["p50_ms"] == pytest.approx(100)
+    assert model["last_minute"]["seconds"][-1] == [100, 100]
+    assert (pose["answered"], pose["p50_ms"], pose["batch"], pose["last_minute"]["p50_ms"]) == (0, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("state", "dropped_frames", "expected"),
+    [("live", 0, "live"), ("live", 2, "live"), ("live", 3, "slow"), ("lost", 3, "lost"), ("ended", 3, "ended")],
+)
+def test_camera_is_slow_if_a_tenth_of_its_frames_is_lost(
+    camera: Camera, live: LiveView, clock: Clock, state: Any, dropped_frames: int, expected: str
+) -> None:
+    camera.state = state
+    for number in range(1, 26):
+        live.write(dropped(number, camera) if number <= dropped_frames else result(number, camera))
+    assert live.figures()["cameras"][0]["state"] == expected
+    clock.now += 11
+    live.write(result(26, camera))
+    assert live.figures()["cameras"][0]["state"] == ("live" if state == "live" else expected)
+
+
+def test_age_of_the_last_frame_tells_since_when_a_camera_is_lost(camera: Camera, live: LiveView, clock: Clock) -> None:
+    camera.state = "lost"
+    assert live.figures()["cameras"][0]["frame_age_s"] is None
+    capture(camera, 1, clock.now)
+    clock.now += 12.5
+    assert live.figures()["cameras"][0]["frame_age_s"] == 12.5
+
+
+def test_server_of_each_model_has_its_own_state(live: LiveView, clock: Clock) -> None:
+    good, bad = (client.health for client in live._clients)
+    assert [each["state"] for each in live.figures()["servers"]] == ["waiting", "waiting"]
+    good.record_success()
+    bad.record_failure("connection refused")
+    clock.now += 5
+    bad.record_failure("connection refused")
+    assert live.figures()["servers"] == [
+        {"model": MODEL, "url": "http://a:8080", "state": "responding"},
+        {
+            "model": POSE,
+            "url": "http://b:8080",
+            "state": "not responding",
+            "down_for_s": 5.0,
+            "error": "connection refused",
+        },
+    ]
+    bad.record_success()
+    assert [each["state"] for each in live.figures()["servers"]] == ["responding", "responding"]
