@@ -18,7 +18,7 @@ os.environ["TS_ACCESS_LOG"] = "info"
 
 # A test that uses one of these servers runs in the process of pytest-xdist that has it, after the others that use it:
 # it is started once, and none of them sees another one's requests.
-SERVERS = ("node", "gathering_node", "tasks_node", "cluster", "site", "short_tokens")
+SERVERS = ("node", "gathering_node", "tasks_node", "cluster", "site", "short_tokens", "browser")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

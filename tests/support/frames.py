@@ -52,6 +52,13 @@ def jpeg(frame: Pixels) -> bytes:
     return cv2.imencode(".jpg", frame)[1].tobytes()
 
 
+def decoded(image: bytes) -> Pixels:
+    """Return the pixels of a JPEG or PNG."""
+    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    assert pixels is not None
+    return np.asarray(pixels, np.uint8)
+
+
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     """Return an image as a file of some format."""
     buffer = io.BytesIO()

@@ -12,6 +12,7 @@ from demo.proxy import PATH
 
 # Program -> the command that installs it.
 INSTALL = {
+    "chromium": "apt-get install chromium",
     "curl": "apt-get install curl",
     "faketime": "apt-get install faketime",
     "gst-rtsp-server": "apt-get install python3-gi gir1.2-gst-rtsp-server-1.0 "
