@@ -113,8 +113,7 @@ class Pipeline:
             stream = item.frame.stream
             if item.outcome == "failed" and not stream.camera.is_live:
                 self.record_error(self.clients[stream.model].health.error_after(self.options.server_wait_s))
-            has_image = outputs.needs_images(stream.camera)
-            for result in reorder_buffers[stream].add(item if has_image else item.without_image()):
+            for result in reorder_buffers[stream].add(outputs.trim(item)):
                 if self.stats[stream].record(result) and result.outcome == "failed":
                     log.warning("%s: frame %d failed: %s", stream.name(self.clients), result.frame.number, result.error)
                 if result.outcome != "dropped":  # A dropped frame was not taken from the buffer.

