@@ -25,6 +25,7 @@ from edge.deadline import DeadlineReader
 from edge.errors import OutputError
 from edge.frames import Stream
 from edge.metrics import StatsCollector
+from edge.options import LOOPBACK
 from edge.stats import CameraStats
 from edge.view import PICTURE_INTERVAL_S, CameraView, LiveView
 
@@ -128,7 +129,7 @@ class Application:
                 send("200 OK", [("Content-Type", "image/jpeg")], picture)
             else:
                 write = send("200 OK", [("Content-Type", "multipart/x-mixed-replace; boundary=frame")], None)
-                write(BOUNDARY)
+                write(BOUNDARY if is_get else b"")
                 while is_get and not self.closing.wait(PICTURE_INTERVAL_S):
                     picture = camera.picture()
                     if picture is not sent or time.monotonic() - sent_at >= REPEAT_S:
@@ -158,6 +159,8 @@ class Handler(WSGIRequestHandler):
 
 class Server(ThreadingMixIn, WSGIServer):
     """A thread for each connection, up to MAX_CONNECTIONS; the next ones are closed."""
+
+    request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._connections: set[socket.socket] = set()
@@ -211,7 +214,8 @@ def serve_page(
     server.set_app(application)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    log.info("the web page is at http://%s/", where)
+    is_open = address[0] not in LOOPBACK
+    log.info("the web page is at http://%s/%s", where, ": everybody who reaches it sees the cameras" if is_open else "")
     try:
         yield view
     finally:

@@ -106,13 +106,14 @@ def test_last_minute_has_the_latencies_of_each_second() -> None:
     frame = Frame(FILE, 1, 0.0, b"")
     for number in range(1000):  # ten a second, for 100 s; each second has latencies of 10 to 100 ms
         answered = Result(frame, "answered", CAT, latency_s=0.01 * (1 + number % 10))
-        minute.add(dropped(number) if number % 10 == 4 else answered, now=100.05 + number / 10)
+        lost = {4: dropped(number), 5: Result.not_sent(frame, "expired", "late"), 6: Result.failed(frame, "500")}
+        minute.add(lost.get(number % 10, answered), now=100.05 + number / 10)
     figures = minute.figures(now=200.0)
-    assert figures["last_10_s"] == {"fps": 9.0, "lost_share": 0.1}
-    assert figures["last_minute"] == {"p50_ms": 60.0, "p99_ms": 100.0, "seconds": [[60.0, 100.0]] * 60}
+    assert figures["last_10_s"] == {"fps": 7.0, "lost_share": 0.2}
+    assert figures["last_minute"] == {"p50_ms": 40.0, "p99_ms": 100.0, "seconds": [[40.0, 100.0]] * 60}
     figures = minute.figures(now=230.0)
     assert figures["last_10_s"] == {"fps": 0.0, "lost_share": 0.0}
-    assert figures["last_minute"]["seconds"] == [[60.0, 100.0]] * 30 + [[None, None]] * 30
+    assert figures["last_minute"]["seconds"] == [[40.0, 100.0]] * 30 + [[None, None]] * 30
     assert minute.figures(now=1000.0)["last_minute"] == nothing
 
 

@@ -62,9 +62,16 @@ def capture(camera: Camera, number: int, at: float) -> None:
     camera.last_frame = Frame(camera, number, at, jpeg(np.full((48, 64, 3), 50, np.uint8)))
 
 
-def test_nothing_is_drawn_and_no_image_is_kept_without_viewers(
-    camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock
-) -> None:
+def test_of_the_images_only_the_latest_is_kept(camera: Camera, pictures: CameraView) -> None:
+    for number in range(1, 4):
+        for model in (MODEL, POSE):
+            pictures.write(result(number, camera, model=model))
+    assert all(each and not each.frame.jpeg for each in pictures.results.values())
+    assert pictures._frame
+    assert pictures._frame.number == 3
+
+
+def test_nothing_is_drawn_without_viewers(camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock) -> None:
     assert not pictures.is_watched()
     for number in range(1, 100):
         capture(camera, number, clock.now)

@@ -101,6 +101,7 @@ def test_head_of_a_stream_ends(client: Client) -> None:
     head = client.request("/cameras/1.mjpg", "HEAD")
     assert head.headers["Content-Type"] == "multipart/x-mixed-replace; boundary=frame"
     assert "Content-Length" not in head.headers
+    assert head.body == b""
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "get", "ANY"])
