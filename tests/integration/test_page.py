@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, sync_playwright
 from playwright.sync_api import Page as Tab
 
-from tests.support.fake_server import FakeServer
+from tests.support.fake_server import FakeServer, fake_server
 from tests.support.frames import decoded
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
 from tests.support.pages import BLUE, ORANGE, Page, is_of, serving, shades
@@ -22,7 +22,6 @@ from tests.support.scripts import wait_until
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="uses the programs of Linux"),
     needs("chromium"),
-    pytest.mark.parametrize("fake", ["good"], indirect=True),
 ]
 
 # root has no sandbox; the others keep Chromium from asking Google's servers.
@@ -37,6 +36,12 @@ def browser() -> Iterator[Browser]:
         started = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
         yield started
         started.close()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with fake_server("good") as server:
+        yield server
 
 
 @pytest.fixture

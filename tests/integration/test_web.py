@@ -16,18 +16,21 @@ import pytest
 import requests
 
 from demo.node import PROJECT, free_ports
-from edge.web import MAX_CONNECTIONS, MAX_VIEWERS, TIMEOUT_S
-from tests.support.fake_server import FakeServer
+from edge.web import MAX_CONNECTIONS, MAX_VIEWERS, TIMEOUT_S, serve_page
+from tests.support.fake_server import FakeServer, fake_server
 from tests.support.frames import decoded
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
 from tests.support.pages import BLUE, ORANGE, Page, is_of, serving, shades
 from tests.support.programs import needs
 from tests.support.scripts import run, wait_until
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a single process"),
-    pytest.mark.parametrize("fake", ["good"], indirect=True),
-]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a single process")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with fake_server("good") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -232,19 +235,29 @@ def test_run_ends_while_viewers_watch_and_stall(fake: FakeServer, camera: MjpegC
         half.sendall(b"GET /stats")
         assert stalled.status() == 200
         watching.picture()
-        begin = time.monotonic()
         page.edge.end(signal.SIGTERM)
-        assert time.monotonic() - begin < TIMEOUT_S
         watching.file.read()  # to the end
         with pytest.raises(requests.ConnectionError):
             page.get("/")
 
 
+def test_end_does_not_wait_for_an_incomplete_request() -> None:
+    address = ("127.0.0.1", free_ports(1)[0])
+    with ExitStack() as clients:
+        with serve_page(address, {}, []):
+            half = clients.enter_context(socket.create_connection(address, timeout=30))
+            half.sendall(b"GET /stats")
+            assert requests.get(f"http://127.0.0.1:{address[1]}/", timeout=20).status_code == 200
+            begin = time.monotonic()
+        assert time.monotonic() - begin < TIMEOUT_S / 2
+        assert half.recv(1) == b""
+
+
 @pytest.mark.parametrize("address_of", ["{}", "127.0.0.1:{}", "no.such.host.invalid:{}"])
-def test_port_that_cannot_be_used(fake: FakeServer, tmp_path: Path, address_of: str) -> None:
+def test_port_that_cannot_be_used(tmp_path: Path, address_of: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = address_of.format(taken.getsockname()[1])
-        done = run("request.py", "--url", fake.url, "--http", where, cwd=tmp_path)
+        done = run("request.py", "--http", where, cwd=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch(rf"request\.py: can't serve the web page on \S*{where}: .+\n", done.stderr)
 
