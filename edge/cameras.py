@@ -16,8 +16,8 @@ from edge.live import LiveSource
 from edge.probe import no_frames_problem
 from edge.timing import Timing
 
-# Of a camera: no frame yet; frames come; lost, until it is back; no more frames will come.
-State = Literal["waiting", "live", "lost", "ended"]
+# Of a camera: no frame yet; frames come; lost, until it is back; no more frames will come; it can't be read.
+State = Literal["waiting", "live", "lost", "ended", "failed"]
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Camera:
         self._jpeg_quality = jpeg_quality
         self.drop = drop
         self.state: State = "waiting"
+        self.problem = ""  # why it was lost, or can't be read
         self.last_frame: Frame | None = None  # that has an image
         self._is_rate_reported = False
 
@@ -117,8 +118,10 @@ class Camera:
                 if jpeg:
                     self.last_frame = frame
                 yield frame
-        finally:
             self.state = "ended"
+        except SourceError as error:
+            self.state, self.problem = "failed", str(error)
+            raise
 
     def video_fps(self) -> float:
         """Return the rate of an annotated video: the stated one, unless the frames of a file come at other times."""

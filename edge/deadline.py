@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import math
 import socket
 import time
 from typing import Any
@@ -20,10 +21,10 @@ class DeadlineAdapter(HTTPAdapter):
 
 
 class DeadlineReader(io.RawIOBase):
-    """Reads from a socket until its timeout, counted from now, is over."""
+    """Reads from a socket, at most `max_bytes`, until its timeout, counted from now, is over."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock, self._file = sock, sock.makefile("rb", buffering=0)
+    def __init__(self, sock: socket.socket, max_bytes: float = math.inf) -> None:
+        self._sock, self._file, self._bytes_left = sock, sock.makefile("rb", buffering=0), max_bytes
         self._deadline = time.monotonic() + (sock.gettimeout() or 0.0)
 
     def readable(self) -> bool:
@@ -33,8 +34,12 @@ class DeadlineReader(io.RawIOBase):
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("the response timed out")
+        if self._bytes_left <= 0:
+            raise ConnectionAbortedError("too many bytes")
         self._sock.settimeout(left_s)
-        return self._file.readinto(buffer)
+        count = self._file.readinto(buffer)
+        self._bytes_left -= count or 0
+        return count
 
     def close(self) -> None:
         self._file.close()

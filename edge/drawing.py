@@ -10,7 +10,7 @@ from edge.frames import Frame, Result
 
 MAX_LABELS = 3  # of a single model; several models have one line each
 MAX_AGE_S = 1.0  # An older prediction is drawn with its age.
-MAX_SHORT_EDGE, JPEG_QUALITY = 720, 80  # of a picture for the web page
+MAX_SHORT_EDGE, JPEG_QUALITY = 720, 80  # of a image for the web page
 MAX_PIXELS = 30_000  # OpenCV draws up to here: a prediction may be anywhere.
 WHITE, BLACK, GREEN, YELLOW, RED = (255, 255, 255), (0, 0, 0), (0, 220, 0), (0, 230, 255), (0, 0, 255)
 
@@ -29,7 +29,8 @@ def annotate(frame: Frame, latest: Mapping[str, Result]) -> Any:
     image: Any = cv2.imdecode(np.frombuffer(frame.jpeg, np.uint8), cv2.IMREAD_COLOR)
     lines: list[str] = []
     for model, result in latest.items():
-        age_s = frame.time_s - result.frame.time_s
+        # A file that is repeated begins anew: then only the time of reading has gone on.
+        age_s = max(frame.time_s - result.frame.time_s, frame.captured_at - result.frame.captured_at)
         age = f" ({age_s:.1f} s ago)" if age_s > MAX_AGE_S else ""
         labels = [f"{label}{age}" for label in labels_of(result)]
         lines += [f"{model}: {labels[0]}"] if len(latest) > 1 else labels
@@ -63,6 +64,7 @@ def draw_lines(image: Any, lines: Sequence[str]) -> None:
     """Draw lines of text into the upper left corner, white on black; a line that is too long gets a smaller font."""
     scale = min(image.shape[:2]) / 480
     for number, line in enumerate(lines):
+        line = line.encode(errors="replace").decode()  # OpenCV crashes on half a surrogate pair.
         left, top, gap = round(8 * scale), round((8 + 32 * number) * scale), round(4 * scale)
         (width, _), _ = cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, 1)
         font_scale = 0.8 * scale * min(1.0, (image.shape[1] - 2 * left - 2 * gap) / max(width, 1))

@@ -83,7 +83,8 @@ class LiveSource:
             elif not stop.is_set():
                 self._camera.state = "lost"
                 if self._losses.record_loss():
-                    self._losses.report(self._text(error, stop))
+                    self._camera.problem = self._text(error, stop)
+                    self._losses.report(self._camera.problem)
                 stop.wait(backoff_s(self._timing.first_reconnect_s, self._timing.max_reconnect_s, attempt))
                 attempt += 1
         return None

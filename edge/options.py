@@ -191,7 +191,9 @@ def rate(text: str) -> float:
 
 def source(text: str) -> str:
     scheme, separator, _ = text.partition("://")
-    if not text or (separator and scheme not in ("rtsp", "rtsps", "http", "https")):
+    is_unknown = separator and scheme not in ("rtsp", "rtsps", "http", "https")
+    is_no_text = not text.isprintable() and (separator or text.startswith("/dev/"))  # OpenCV would crash.
+    if not text or is_unknown or is_no_text:
         expected = "a file, a device, or an address that begins with rtsp://, http:// or https://"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {redact(text)!r}")
     return text

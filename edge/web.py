@@ -1,4 +1,4 @@
-"""The web page of a run, `request.py --http`: pictures, figures and metrics by HTTP. Nothing can be changed by it."""
+"""The web page of a run, `request.py --http`: images, figures and metrics by HTTP. Nothing can be changed by it."""
 
 import base64
 import hashlib
@@ -27,14 +27,15 @@ from edge.frames import Stream
 from edge.metrics import StatsCollector
 from edge.options import LOOPBACK
 from edge.stats import CameraStats
-from edge.view import PICTURE_INTERVAL_S, CameraView, LiveView
+from edge.view import IMAGE_INTERVAL_S, CameraView, LiveView
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 MAX_VIEWERS = 8
 MAX_CONNECTIONS = 64  # of viewers and all others; a page opens up to 6
-TIMEOUT_S = 5.0  # of a request, and of each picture that a viewer receives
-REPEAT_S = 1.0  # A picture is sent again after so long: this finds out that a viewer has left.
-SEND_BUFFER = 1 << 18  # bytes: with more of them a slow viewer gets old pictures
+TIMEOUT_S = 5.0  # of a request, and of each image that a viewer receives
+REPEAT_S = 1.0  # A image is sent again after so long: this finds out that a viewer has left.
+MAX_REQUEST_BYTES = 1 << 16
+SEND_BUFFER = 1 << 18  # bytes: with more of them a slow viewer gets old images
 BOUNDARY = b"--frame\r\n"
 
 Write = Callable[[bytes], Any]
@@ -49,7 +50,7 @@ def source_hash(tag: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# The page loads its own pictures and figures, and nothing else; no other site can embed it.
+# The page loads its own images and figures, and nothing else; no other site can embed it.
 POLICY = f"default-src 'none'; script-src {source_hash('script')}; style-src {source_hash('style')}; connect-src 'self'"
 POLICY += "; img-src blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = [
@@ -61,20 +62,20 @@ HEADERS = [
 
 
 class Application:
-    """The WSGI application. `host`: the address that it listens on."""
+    """The WSGI application. `hosts`: the addresses and the name that it listens on."""
 
-    def __init__(self, view: LiveView, registry: CollectorRegistry, host: str) -> None:
+    def __init__(self, view: LiveView, registry: CollectorRegistry, hosts: set[str]) -> None:
         self.closing = threading.Event()
         self._cameras, self._figures, self._metrics = list(view.cameras.values()), view.figures, make_wsgi_app(registry)
-        self._host, self._viewers = host.lower(), threading.BoundedSemaphore(MAX_VIEWERS)
+        self._hosts, self._viewers = hosts, threading.BoundedSemaphore(MAX_VIEWERS)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        is_get = environ["REQUEST_METHOD"] == "GET"
+        has_body = environ["REQUEST_METHOD"] != "HEAD"
 
         def send(status: str, headers: Any, body: bytes | None) -> Write:
             length = [] if body is None else [("Content-Length", str(len(body)))]
             write: Write = start_response(status, [*headers, *length, *HEADERS])
-            write(body or b"" if is_get else b"")
+            write(body or b"" if has_body else b"")
             return write
 
         with suppress(OSError):  # The client has left, or received nothing for TIMEOUT_S.
@@ -83,7 +84,7 @@ class Application:
 
     def _respond(self, environ: dict[str, Any], send: Send) -> None:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-        picture = re.fullmatch(r"/cameras/([1-9][0-9]{0,5})\.(jpg|mjpg)", path)
+        image = re.fullmatch(r"/cameras/([1-9][0-9]{0,5})\.(jpg|mjpg)", path)
         if not self._is_own_address(environ.get("HTTP_HOST", "")):
             send_error(send, "403 Forbidden", "expected an address of this device as the host, or that of --http")
         elif method not in ("GET", "HEAD"):
@@ -93,12 +94,13 @@ class Application:
         elif path == "/stats.json":
             send("200 OK", [("Content-Type", "application/json")], json.dumps(self._figures()).encode())
         elif path == "/metrics":
-            started: list[Any] = []
-            as_get = {**environ, "REQUEST_METHOD": "GET"}  # It rejects HEAD.
-            body = b"".join(self._metrics(as_get, lambda *arguments: started.extend(arguments)))
-            send(started[0], started[1], body)
-        elif picture and int(picture[1]) <= len(self._cameras):
-            self._send_pictures(self._cameras[int(picture[1]) - 1], picture[2] == "mjpg", method == "GET", send)
+            response: list[Any] = []
+            # prometheus-client rejects HEAD, and fails for some types.
+            as_get = {**environ, "REQUEST_METHOD": "GET", "HTTP_ACCEPT": ""}
+            body = b"".join(self._metrics(as_get, lambda *arguments: response.extend(arguments)))
+            send(response[0], response[1], body)
+        elif image and int(image[1]) <= len(self._cameras):
+            self._send_images(self._cameras[int(image[1]) - 1], image[2] == "mjpg", method == "GET", send)
         else:
             expected = "expected /, /stats.json, /metrics, /cameras/1.jpg or /cameras/1.mjpg"
             send_error(send, "404 Not Found", f"{expected}, of {len(self._cameras)} cameras")
@@ -106,37 +108,37 @@ class Application:
     def _is_own_address(self, host: str) -> bool:
         """Return whether a Host header is an address of this device, whatever its port.
 
-        Another site could let its name point to this device, and would read the page in a browser that can reach it.
+        This prevents DNS rebinding: another site whose name resolves to this device could read the page.
         """
         name = re.sub(r":[0-9]*$", "", host.lower()).strip("[]")
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
             own = socket.gethostname().lower()
-            return name in ("localhost", self._host, own, f"{own}.local")
-        return address.is_loopback or name == self._host or self._host in ("0.0.0.0", "::")
+            return name in {"localhost", own, f"{own}.local", *self._hosts}
+        return address.is_loopback or str(address) in self._hosts or not self._hosts.isdisjoint({"0.0.0.0", "::"})
 
-    def _send_pictures(self, camera: CameraView, is_stream: bool, is_get: bool, send: Send) -> None:
-        """Send a picture of a camera, or a stream of its new pictures until the viewer leaves."""
+    def _send_images(self, camera: CameraView, is_stream: bool, is_get: bool, send: Send) -> None:
+        """Send a image of a camera, or a stream of its new images until the viewer leaves."""
         if not self._viewers.acquire(blocking=False):
             send_error(send, "503 Service Unavailable", f"{MAX_VIEWERS} others are watching", ("Retry-After", "1"))
             return
         try:
-            picture, sent, sent_at = camera.picture(), b"", 0.0
-            if not picture:
+            image, sent, sent_at = camera.image(), b"", 0.0
+            if not image:
                 send_error(send, "503 Service Unavailable", "the camera has no frame yet", ("Retry-After", "1"))
             elif not is_stream:
-                send("200 OK", [("Content-Type", "image/jpeg")], picture)
+                send("200 OK", [("Content-Type", "image/jpeg")], image)
             else:
                 write = send("200 OK", [("Content-Type", "multipart/x-mixed-replace; boundary=frame")], None)
                 write(BOUNDARY if is_get else b"")
-                while is_get and not self.closing.wait(PICTURE_INTERVAL_S):
-                    picture = camera.picture()
-                    if picture is not sent or time.monotonic() - sent_at >= REPEAT_S:
-                        head = b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(picture)
+                while is_get and not self.closing.wait(IMAGE_INTERVAL_S):
+                    image = camera.image()
+                    if image is not sent or time.monotonic() - sent_at >= REPEAT_S:
+                        head = b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(image)
                         # A browser shows a part when the boundary after it has arrived.
-                        write(head + picture + b"\r\n" + BOUNDARY)
-                        sent, sent_at = picture, time.monotonic()
+                        write(head + image + b"\r\n" + BOUNDARY)
+                        sent, sent_at = image, time.monotonic()
         finally:
             self._viewers.release()
 
@@ -150,8 +152,22 @@ class Handler(WSGIRequestHandler):
 
     def handle(self) -> None:
         self.rfile.close()
-        self.rfile = io.BufferedReader(DeadlineReader(self.connection))  # for the whole request
+        self.rfile = io.BufferedReader(DeadlineReader(self.connection, MAX_REQUEST_BYTES))
         super().handle()
+
+    def parse_request(self) -> bool:
+        is_valid = super().parse_request()
+        self.connection.settimeout(TIMEOUT_S)  # DeadlineReader has shortened it.
+        return is_valid
+
+    def finish(self) -> None:
+        """Read the body of a rejected request: otherwise its sender gets a reset connection instead of the response."""
+        super().finish()
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            body = DeadlineReader(self.connection)
+            while body.read(MAX_REQUEST_BYTES):
+                pass
 
     def log_message(self, *_: object) -> None:
         """Write no line for each request."""
@@ -161,6 +177,7 @@ class Server(ThreadingMixIn, WSGIServer):
     """A thread for each connection, up to MAX_CONNECTIONS; the next ones are closed."""
 
     request_queue_size = MAX_CONNECTIONS
+    allow_reuse_address = sys.platform != "win32"  # There two servers could have the same port.
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._connections: set[socket.socket] = set()
@@ -175,6 +192,8 @@ class Server(ThreadingMixIn, WSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
         request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux then also notices a viewer whose images still fit into it.
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * TIMEOUT_S))
         if len(self._connections) > MAX_CONNECTIONS:
             self.shutdown_request(request)
         else:
@@ -205,17 +224,18 @@ def serve_page(
         return
     view, registry = LiveView(stats, clients), CollectorRegistry()
     registry.register(StatsCollector(stats))
-    where = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    netloc = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
     try:
         server = Server(address)
-    except OSError as error:
-        raise OutputError(f"can't serve the web page on {where}: {error.strerror or error}") from error
-    application = Application(view, registry, address[0])
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that can't be one
+        raise OutputError(f"can't serve the web page on {netloc}: {getattr(error, 'strerror', '') or error}") from error
+    application = Application(view, registry, {address[0].lower(), str(server.server_address[0])})
     server.set_app(application)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    is_open = address[0] not in LOOPBACK
-    log.info("the web page is at http://%s/%s", where, ": everybody who reaches it sees the cameras" if is_open else "")
+    log.info("the web page is at http://%s/", netloc)
+    if address[0] not in LOOPBACK:
+        log.warning("everybody who can reach http://%s/ sees the cameras: it has no password", netloc)
     try:
         yield view
     finally:
@@ -223,4 +243,4 @@ def serve_page(
         server.shutdown()
         server.server_close()
         thread.join()
-        view.drawer.shutdown()
+        view.executor.shutdown()

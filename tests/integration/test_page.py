@@ -8,10 +8,12 @@ from typing import Any
 
 import cv2
 import pytest
+import requests
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, sync_playwright
 from playwright.sync_api import Page as Tab
 
+from edge.web import MAX_VIEWERS
 from tests.support.fake_server import FakeServer, fake_server
 from tests.support.frames import decoded
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
@@ -150,6 +152,28 @@ def test_lost_camera_and_server_are_shown_and_their_return(
         wait_until(lambda: states(tab) == ["live", "live"])
 
 
+def test_page_says_why_it_has_no_picture(
+    fake: FakeServer, browser: Browser, cameras: list[MjpegCamera], tmp_path: Path
+) -> None:
+    cameras[1].mode = "cut"
+    with serving(fake, tmp_path, cameras[0].url, is_waiting=False) as page, opened(browser, page) as tab:
+        note = tab.locator(".note")
+        wait_until(lambda: states(tab) == ["live"] and note.text_content() == "")
+        viewers = [requests.get(f"{page.url}/cameras/1.mjpg", stream=True, timeout=20) for _ in range(MAX_VIEWERS)]
+        wait_until(lambda: "8 others are watching" in (note.text_content() or ""))
+        assert "has-old-image" in (tab.locator("article").get_attribute("class") or "")
+        for viewer in viewers:
+            viewer.close()
+        wait_until(lambda: note.text_content() == "")
+    (tmp_path / "lost").mkdir()
+    with (
+        serving(fake, tmp_path / "lost", cameras[1].url, is_waiting=False) as page,
+        opened(browser, page) as tab,
+    ):
+        wait_until(lambda: states(tab) == ["not there"])
+        wait_until(lambda: "can't open" in (tab.locator(".note").text_content() or ""))
+
+
 def causes(tab: Tab) -> list[str]:
     return tab.locator(".causes li").all_text_contents()
 
@@ -158,7 +182,7 @@ def test_device_that_is_gone_is_shown_and_its_return(
     fake: FakeServer, browser: Browser, cameras: list[MjpegCamera], tmp_path: Path
 ) -> None:
     def is_gone(tab: Tab) -> bool:
-        return "The device does not respond since " in (tab.locator("#gone").text_content() or "")
+        return "request.py has not responded since " in (tab.locator("#gone").text_content() or "")
 
     with serving(fake, tmp_path, cameras[0].url) as page, opened(browser, page) as tab:
         wait_until(lambda: states(tab) == ["live"])
@@ -173,9 +197,13 @@ def test_device_that_is_gone_is_shown_and_its_return(
         wait_until(lambda: is_gone(tab))
         assert tab.locator("#gone").is_visible()
         assert shown(tab, "answered", 1) > answered  # the last figures
+        # It starts again, with another camera: nothing of the first one is left.
         (tmp_path / "again").mkdir()
-        with serving(fake, tmp_path / "again", *(each.url for each in cameras), port=page.port):
-            wait_until(lambda: not is_gone(tab) and states(tab) == ["live", "live"])
+        with serving(fake, tmp_path / "again", cameras[1].url, port=page.port):
+            wait_until(lambda: not is_gone(tab) and states(tab) == ["live"])
+            assert tab.locator("h2").text_content() == f"1. {cameras[1].url}"
+            assert not shows(tab.locator("article img"), FRAMES[1])
+            wait_until(lambda: shows(tab.locator("article img"), FRAMES[2]))
 
 
 @pytest.mark.parametrize(
@@ -235,6 +263,6 @@ def test_policy_blocks_what_comes_from_elsewhere(
         failed = tab.evaluate("url => fetch(url).then(() => false, () => true)", f"{elsewhere.url}/fetch")
         tab.wait_for_timeout(500)  # for what must not happen
         assert failed
-        assert tab.title() == "Cameras"
+        assert tab.title().startswith("Cameras of ")
         assert elsewhere.asked == 0
         tab.close()

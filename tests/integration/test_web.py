@@ -8,17 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 
 from demo.node import PROJECT, free_ports
 from edge.web import MAX_CONNECTIONS, MAX_VIEWERS, TIMEOUT_S, serve_page
 from tests.support.fake_server import FakeServer, fake_server
-from tests.support.frames import decoded
+from tests.support.frames import decoded, jpeg
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
 from tests.support.pages import BLUE, ORANGE, Page, is_of, serving, shades
 from tests.support.programs import needs
@@ -120,12 +121,23 @@ def test_stalled_and_slow_viewers_delay_nobody(fake: FakeServer, camera: MjpegCa
                     slow_received += 1
                 assert time.monotonic() - begin < 60
         assert time.monotonic() - begin > TIMEOUT_S  # not without its time
-        assert received > 5 * (time.monotonic() - begin)
+        assert received > 2 * (time.monotonic() - begin)
         slow.picture()
         assert slow_received > 0
         latencies = [line["latency_ms"] for line in page.edge.results() if line["outcome"] == "answered"]
-        assert sorted(latencies)[len(latencies) // 2] < 1000
+        assert sorted(latencies)[len(latencies) // 2] < 3000
         page.edge.end()
+
+
+def test_stalled_viewers_of_small_pictures_are_closed(fake: FakeServer, tmp_path: Path) -> None:
+    """Their pictures would fit into the kernel's buffers for a minute."""
+    tiny = jpeg(np.zeros((32, 32, 3), np.uint8))
+    with mjpeg_camera([tiny], fps=10) as camera, serving(fake, tmp_path, camera.url) as page, ExitStack() as viewers:
+        for _ in range(MAX_VIEWERS):
+            assert viewers.enter_context(Viewer(page)).status() == 200
+        begin = time.monotonic()
+        wait_until(lambda: page.get("/cameras/1.jpg").status_code == 200)
+        assert time.monotonic() - begin < 4 * TIMEOUT_S
 
 
 def test_ninth_viewer_gets_503_and_a_place_when_one_leaves(
@@ -182,12 +194,50 @@ def test_incomplete_request_ends_however_slowly_it_grows(
         assert page.get("/").status_code == 200
 
 
+def test_slow_request_has_the_whole_time_for_its_image(fake: FakeServer, tmp_path: Path) -> None:
+    noise = jpeg(np.random.default_rng(1).integers(0, 256, (720, 960, 3), np.uint8))
+    with (
+        mjpeg_camera([noise], fps=5) as large,
+        serving(fake, tmp_path, large.url) as page,
+        socket.socket() as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(30)
+        client.connect(("127.0.0.1", page.port))
+        client.sendall(b"GET /cameras/1.jpg HTTP/1.1\r\n")
+        time.sleep(TIMEOUT_S - 0.8)
+        client.sendall(b"Host: localhost\r\n\r\n")
+        time.sleep(1.5)
+        with client.makefile("rb") as file:
+            response = file.read()
+        head, _, body = response.partition(b"\r\n\r\n")
+        assert f"Content-Length: {len(body)}\r\n".encode() in head
+        assert len(body) > 300_000  # more than the kernel keeps
+
+
+def test_large_body_gets_a_response_and_large_headers_get_none(
+    fake: FakeServer, camera: MjpegCamera, tmp_path: Path
+) -> None:
+    with serving(fake, tmp_path, camera.url) as page:
+        for data in (b"x" * 20_000_000, iter([b"x" * 1_000_000] * 5)):  # the second one in chunks
+            assert requests.post(page.url, data=data, timeout=20).status_code == 405
+        before = page.edge.process.memory_info().rss
+        headers = b"".join(b"a%d: %s\r\n" % (number, b"x" * 65_000) for number in range(90)) + b"\r\n"
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", page.port), timeout=20) as client, suppress(ConnectionError):
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + headers)
+                assert client.recv(1000) == b""
+        assert page.edge.process.memory_info().rss < before + 20e6
+        assert "Traceback" not in page.edge.stderr()
+
+
 def test_flood_of_connections_is_limited_and_over_when_it_ends(
     fake: FakeServer, camera: MjpegCamera, tmp_path: Path
 ) -> None:
     with serving(fake, tmp_path, camera.url) as page:
         threads = page.edge.process.num_threads()
         clients = [socket.create_connection(("127.0.0.1", page.port), timeout=30) for _ in range(3 * MAX_CONNECTIONS)]
+        wait_until(lambda: page.edge.process.num_threads() > threads + MAX_CONNECTIONS - 5)
         assert page.edge.process.num_threads() <= threads + MAX_CONNECTIONS + 1
         before = page.edge.lines()
         wait_until(lambda: page.edge.lines() > before + 20)
@@ -253,7 +303,7 @@ def test_end_does_not_wait_for_an_incomplete_request() -> None:
         assert half.recv(1) == b""
 
 
-@pytest.mark.parametrize("address_of", ["{}", "127.0.0.1:{}", "no.such.host.invalid:{}"])
+@pytest.mark.parametrize("address_of", ["{}", "127.0.0.1:{}", "no.such.host.invalid:{}", "a..b:{}"])
 def test_port_that_cannot_be_used(tmp_path: Path, address_of: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = address_of.format(taken.getsockname()[1])

@@ -36,6 +36,12 @@ class Page:
     def get(self, path: str) -> requests.Response:
         return requests.get(self.url + path, timeout=20)
 
+    def is_up(self) -> bool:
+        try:
+            return self.get("/").ok
+        except requests.ConnectionError:
+            return False
+
     def figures(self) -> Any:
         return self.get("/stats.json").json()
 
@@ -46,10 +52,16 @@ class Page:
 
 
 @contextmanager
-def serving(fake: FakeServer, folder: Path, *inputs: str, port: int | None = None) -> Iterator[Page]:
-    """Run request.py with its page until the block ends."""
+def serving(
+    fake: FakeServer, folder: Path, *inputs: str, port: int | None = None, is_waiting: bool = True
+) -> Iterator[Page]:
+    """Run request.py with its page until the block ends; is_waiting: first wait for a result of each camera."""
     port = port or free_ports(1)[0]
     arguments = [argument for each in inputs for argument in ("--input", each)]
     with running(fake, folder, *arguments, "--http", str(port)) as edge:
-        edge.wait_until(lambda: len({line["camera"] for line in edge.results()}) == len(inputs))
-        yield Page(edge, port)
+        page = Page(edge, port)
+        if is_waiting:
+            edge.wait_until(lambda: len({line["camera"] for line in edge.results()}) == len(inputs))
+        else:
+            edge.wait_until(page.is_up)
+        yield page

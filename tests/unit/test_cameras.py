@@ -291,3 +291,15 @@ def test_name_that_is_not_utf_8_is_an_error(tmp_path: Path, short_clip: Path) ->
     Path(path).write_bytes(short_clip.read_bytes())
     with pytest.raises(SourceError, match="is a name that is not UTF-8: rename the file"):
         Camera(path).check()
+
+
+def test_state_of_a_file(short_clip: Path, tmp_path: Path) -> None:
+    camera = Camera(str(short_clip), fps=math.inf)
+    assert (camera.state, camera.last_frame) == ("waiting", None)
+    for frame in camera.frames(threading.Event()):
+        assert (camera.state, camera.last_frame) == ("live", frame)
+    assert camera.state == "ended"
+    missing = Camera(str(tmp_path / "none.mp4"))
+    with pytest.raises(SourceError):
+        next(missing.frames(threading.Event()))
+    assert (missing.state, missing.problem[:14]) == ("failed", "no such file: ")

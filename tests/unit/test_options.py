@@ -53,6 +53,8 @@ def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str
         (["--input", "1", "--input", "2", "--save-video", "a.mkv", "--jsonl", "a-2.mkv"], "another output too"),
         (["--http", "70000"], "expected a port or ADDRESS:PORT, got '70000'"),
         (["--http", "127.0.0.1"], "expected a port or ADDRESS:PORT"),
+        (["--input", "rtsp://h/\udcff"], r"begins with rtsp://, http:// or https://, got 'rtsp://h/\udcff'"),
+        (["--input", "/dev/vid\udcff"], r"expected a file, a device, or an address"),
     ],
 )
 def test_wrong_usage(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from edge.cameras import Camera
 from edge.errors import OutputError
 from edge.frames import Frame, Result
 from edge.options import parse_args
@@ -306,3 +307,17 @@ def test_json_lines_that_do_not_fit_leave_whole_lines(tmp_path: Path) -> None:
     output.write(result(3))
     output.close()
     assert numbers(tmp_path / "out.jsonl") == [1, 3]
+
+
+def test_only_outputs_that_need_images_get_them() -> None:
+    class Images(Recorder):
+        def needs_images(self, camera: Camera) -> bool:
+            return camera is FILE
+
+    without, needy = (
+        Outputs([Recorder("a")], threading.Event()),
+        Outputs([Recorder("a"), Images("b")], threading.Event()),
+    )
+    for camera, has_image in ((FILE, True), (LIVE, False)):
+        assert bool(needy.trim(result(1, camera)).frame.jpeg) == has_image
+        assert without.trim(result(1, camera)).frame.jpeg == b""

@@ -1,4 +1,4 @@
-"""edge/view.py: which frame a picture shows, what a picture costs, and the figures."""
+"""edge/view.py: which frame a image shows, what a image costs, and the figures."""
 
 import json
 import threading
@@ -11,20 +11,20 @@ import cv2
 import numpy as np
 import pytest
 
-from edge import view
+from edge import drawing, view
 from edge.cameras import Camera
 from edge.drawing import MAX_AGE_S, annotate, draw_jpeg
 from edge.frames import Frame, Result, Stream
 from edge.session import ServerHealth
 from edge.stats import CameraStats
 from edge.timing import Timing
-from edge.view import PICTURE_INTERVAL_S, WATCHED_S, CameraView, LiveView
+from edge.view import IMAGE_INTERVAL_S, MAX_LAG_S, WATCHED_S, CameraView, LiveView
 from tests.support.clock import Clock
 from tests.support.frames import jpeg
 from tests.support.results import CAT, MODEL, dropped, result
 
 POSE = "keypointrcnn-resnet50-fpn"
-STEP_S = 1.25 * PICTURE_INTERVAL_S
+STEP_S = 1.25 * IMAGE_INTERVAL_S
 Drawn = list[tuple[int, dict[str, int]]]  # the number of the frame, and those of the predictions
 
 
@@ -35,26 +35,26 @@ def camera() -> Camera:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    """What was drawn; the picture is a different object each time."""
+    """What was drawn; the image is a different object each time."""
     calls: Drawn = []
 
     def draw(frame: Frame, latest: Mapping[str, Result]) -> bytes:
         calls.append((frame.number, {model: each.frame.number for model, each in latest.items()}))
-        return b"picture %d" % len(calls)
+        return b"image %d" % len(calls)
 
     monkeypatch.setattr(view, "draw_jpeg", draw)
     return calls
 
 
 @pytest.fixture
-def drawer() -> Iterator[ThreadPoolExecutor]:
+def executor() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(1) as pool:
         yield pool
 
 
 @pytest.fixture
-def pictures(camera: Camera, drawer: ThreadPoolExecutor) -> CameraView:
-    return CameraView(camera, [MODEL, POSE], drawer)
+def images(camera: Camera, executor: ThreadPoolExecutor) -> CameraView:
+    return CameraView(camera, [MODEL, POSE], executor)
 
 
 def capture(camera: Camera, number: int, at: float) -> None:
@@ -62,36 +62,36 @@ def capture(camera: Camera, number: int, at: float) -> None:
     camera.last_frame = Frame(camera, number, at, jpeg(np.full((48, 64, 3), 50, np.uint8)))
 
 
-def test_of_the_images_only_the_latest_is_kept(camera: Camera, pictures: CameraView) -> None:
+def test_of_the_images_only_the_latest_is_kept(camera: Camera, images: CameraView) -> None:
     for number in range(1, 4):
         for model in (MODEL, POSE):
-            pictures.write(result(number, camera, model=model))
-    assert all(each and not each.frame.jpeg for each in pictures.results.values())
-    assert pictures._frame
-    assert pictures._frame.number == 3
+            images.write(result(number, camera, model=model))
+    assert all(each and not each.frame.jpeg for each in images.results.values())
+    assert images._frame
+    assert images._frame.number == 3
 
 
-def test_nothing_is_drawn_without_viewers(camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock) -> None:
-    assert not pictures.is_watched()
+def test_nothing_is_drawn_without_viewers(camera: Camera, images: CameraView, drawn: Drawn, clock: Clock) -> None:
+    assert not images.is_watched()
     for number in range(1, 100):
         capture(camera, number, clock.now)
-        pictures.write(result(number, camera, at=clock.now).without_image())
+        images.write(result(number, camera, at=clock.now).without_image())
         clock.now += 0.04
     assert drawn == []
-    assert pictures.picture() == b"picture 1"
-    assert pictures.is_watched()
+    assert images.image() == b"image 1"
+    assert images.is_watched()
     clock.now += WATCHED_S
-    assert not pictures.is_watched()
+    assert not images.is_watched()
 
 
 def test_the_latest_frame_is_drawn_at_most_10_times_a_second_for_all_viewers_together(
-    camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock
+    camera: Camera, images: CameraView, drawn: Drawn, clock: Clock
 ) -> None:
     begin = clock.now
     for number in range(1, 101):  # 4 s of a camera of 25 frames/s, and of three viewers
         capture(camera, number, clock.now)
-        pictures.write(result(number, camera, at=clock.now))
-        assert len({pictures.picture() for _ in range(3)}) == 1
+        images.write(result(number, camera, at=clock.now))
+        assert len({images.image() for _ in range(3)}) == 1
         clock.now += 0.04
     assert 0.9 * 10 * (clock.now - begin) - 10 < len(drawn) <= 10 * (clock.now - begin) + 1
     assert len(drawn) > 30
@@ -100,25 +100,25 @@ def test_the_latest_frame_is_drawn_at_most_10_times_a_second_for_all_viewers_tog
     assert [latest[MODEL] for _, latest in drawn] == numbers
 
 
-def test_unchanged_frame_is_not_drawn_again(camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock) -> None:
+def test_unchanged_frame_is_not_drawn_again(camera: Camera, images: CameraView, drawn: Drawn, clock: Clock) -> None:
     capture(camera, 1, clock.now)
-    pictures.write(result(1, camera, at=clock.now))
-    first = pictures.picture()
+    images.write(result(1, camera, at=clock.now))
+    first = images.image()
     clock.now += STEP_S
-    assert pictures.picture() is first
+    assert images.image() is first
     # The second model responds to the same frame.
-    pictures.write(result(1, camera, at=clock.now, model=POSE))
-    assert pictures.picture() is not first
+    images.write(result(1, camera, at=clock.now, model=POSE))
+    assert images.image() is not first
     assert drawn == [(1, {MODEL: 1}), (1, {MODEL: 1, POSE: 1})]
 
 
 def test_frame_is_shown_when_the_first_model_has_responded(
-    camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock
+    camera: Camera, images: CameraView, drawn: Drawn, clock: Clock
 ) -> None:
     for number, model in ((1, POSE), (1, MODEL), (2, MODEL), (3, MODEL), (2, POSE)):
         capture(camera, 4, clock.now)
-        pictures.write(result(number, camera, at=clock.now, model=model))
-        pictures.picture()
+        images.write(result(number, camera, at=clock.now, model=model))
+        images.image()
         clock.now += STEP_S
     assert drawn == [
         (1, {POSE: 1}),
@@ -129,63 +129,71 @@ def test_frame_is_shown_when_the_first_model_has_responded(
     ]
 
 
-def test_late_responses_don_t_stop_the_picture_and_it_never_goes_back(
-    camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock
+def test_late_responses_don_t_stop_the_image_and_it_never_goes_back(
+    camera: Camera, images: CameraView, drawn: Drawn, clock: Clock
 ) -> None:
     """The server stops responding after frame 10, and is back, later, with frames that were captured before."""
     for number in range(1, 41):
         capture(camera, number, clock.now)
         if number <= 10:
-            pictures.write(result(number, camera, at=clock.now))
-        pictures.picture()
+            images.write(result(number, camera, at=clock.now))
+        images.image()
         clock.now += STEP_S
     assert drawn[9] == (10, {MODEL: 10})
-    # First MAX_AGE_S without a new picture, then the frames that were read, with the last prediction.
+    # First MAX_AGE_S without a new image, then the frames that were read, with the last prediction.
     assert [number for number, _ in drawn[10:]] == list(range(11 + round(MAX_AGE_S / STEP_S), 41))
     assert {latest[MODEL] for _, latest in drawn[10:]} == {10}
     assert camera.last_frame
     for number in (39, 40, 41):
-        pictures.write(result(number, camera, at=camera.last_frame.captured_at))
-        pictures.picture()
+        images.write(result(number, camera, at=camera.last_frame.captured_at))
+        images.image()
         clock.now += STEP_S
     assert [number for number, _ in drawn][-3:] == [40, 40, 41]
 
 
-def test_dropped_frames_change_nothing(camera: Camera, pictures: CameraView, drawn: Drawn, clock: Clock) -> None:
-    assert pictures.picture() == b""
+def test_failed_frame_is_shown_with_its_error(camera: Camera, images: CameraView, drawn: Drawn, live: LiveView) -> None:
+    failed = Result.failed(result(1, camera).frame, "500 no worker")
+    capture(camera, 1, 0.0)
+    for each in (images, live):
+        each.write(failed)
+    assert images.image() == b"image 1"
+    assert drawn == [(1, {MODEL: 1})]
+    assert live.figures()["cameras"][0]["models"][0]["labels"] == ["failed: 500 no worker"]
+
+
+def test_dropped_frames_change_nothing(camera: Camera, images: CameraView, drawn: Drawn, clock: Clock) -> None:
+    assert images.image() == b""
     capture(camera, 2, clock.now)
-    pictures.write(result(1, camera, at=clock.now))
-    pictures.write(dropped(2, camera, at=clock.now))
-    assert pictures.picture() == b"picture 1"
+    images.write(result(1, camera, at=clock.now))
+    images.write(dropped(2, camera, at=clock.now))
+    assert images.image() == b"image 1"
     assert drawn == [(1, {MODEL: 1})]
 
 
 def test_slow_drawing_delays_only_those_who_watch(
-    camera: Camera, pictures: CameraView, monkeypatch: pytest.MonkeyPatch
+    camera: Camera, images: CameraView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, may_end = threading.Event(), threading.Event()
 
     def draw(*_: object) -> bytes:
         begun.set()
         assert may_end.wait(20)
-        return b"picture"
+        return b"image"
 
     monkeypatch.setattr(view, "draw_jpeg", draw)
     capture(camera, 1, 0.0)
-    pictures.write(result(1, camera))
-    viewer = threading.Thread(target=pictures.picture)
+    images.write(result(1, camera))
+    viewer = threading.Thread(target=images.image)
     viewer.start()
     assert begun.wait(20)
-    pictures.write(result(2, camera))  # The main thread does not wait.
-    assert pictures.is_watched()
+    images.write(result(2, camera))  # The main thread does not wait.
+    assert images.is_watched()
     may_end.set()
     viewer.join()
 
 
 @pytest.mark.parametrize(("size", "expected"), [((480, 640), (480, 640)), ((1080, 1920), (720, 1280))])
-def test_picture_is_the_annotated_frame_at_most_720_pixels_high(
-    size: tuple[int, int], expected: tuple[int, int]
-) -> None:
+def test_image_is_the_annotated_frame_at_most_720_pixels_high(size: tuple[int, int], expected: tuple[int, int]) -> None:
     image = np.full((*size, 3), (40, 120, 200), np.uint8)
     frame = Frame(Camera("0"), 1, 0.0, jpeg(image))
     latest = {MODEL: Result(frame, "answered", CAT)}
@@ -204,12 +212,12 @@ def live(camera: Camera) -> Iterator[LiveView]:
     stats = {Stream(each, model): CameraStats() for each in (camera, Camera("0")) for model in healths}
     page = LiveView(stats, clients)
     yield page
-    page.drawer.shutdown()
+    page.executor.shutdown()
 
 
 def test_images_are_needed_only_of_the_camera_that_is_watched(camera: Camera, live: LiveView) -> None:
     other = next(each for each in live.cameras if each is not camera)
-    live.cameras[camera].picture()
+    live.cameras[camera].image()
     assert live.needs_images(camera)
     assert not live.needs_images(other)
 
@@ -233,6 +241,73 @@ def test_figures_are_json_with_the_summary_of_each_model(camera: Camera, live: L
     assert model["p50_ms"] == pytest.approx(100)
     assert model["last_minute"]["seconds"][-1] == [100, 100]
     assert (pose["answered"], pose["p50_ms"], pose["batch"], pose["last_minute"]["p50_ms"]) == (0, None, None, None)
+
+
+def test_camera_is_slow_while_the_server_is_silent(camera: Camera, live: LiveView, clock: Clock) -> None:
+    """Its frames are in flight and in buffers: they are counted as dropped only later."""
+    counts = live._stats[Stream(camera, MODEL)]
+    camera.state = "live"
+    for number in range(1, 101):  # 10 s of 10 frames a second
+        counts.captured += 1
+        capture(camera, number, clock.now)
+        if number <= 20:
+            each = result(number, camera, at=clock.now)
+            counts.record(each)
+            live.write(each)
+        figures = live.figures()["cameras"][0]
+        lag_s = max(0.0, (number - 20) / 10)
+        assert figures["state"] == ("slow" if lag_s > MAX_LAG_S + 0.01 else "live")
+        assert figures["models"][0]["waiting"] == max(0, number - 20)
+        clock.now += 0.1
+
+
+def test_camera_of_few_frames_is_not_slow(camera: Camera, live: LiveView, clock: Clock) -> None:
+    counts = live._stats[Stream(camera, MODEL)]
+    camera.state = "live"
+    for number in range(1, 5):
+        counts.captured += 1
+        capture(camera, number, clock.now)
+        assert live.figures()["cameras"][0]["state"] == "live"
+        each = result(number, camera, at=clock.now)
+        counts.record(each)
+        live.write(each)
+        clock.now += 4.5
+
+
+@pytest.mark.parametrize(("fps", "age_s", "expected"), [(None, 4, "live"), (None, 6, "stalled"), (0.1, 29, "live")])
+def test_source_without_frames_is_stalled(clock: Clock, fps: float | None, age_s: float, expected: str) -> None:
+    camera = Camera("0", fps)
+    client: Any = SimpleNamespace(model=MODEL, health=ServerHealth("http://a:8080", Timing()))
+    view = LiveView({Stream(camera, MODEL): CameraStats()}, [client])
+    camera.state = "live"
+    capture(camera, 1, clock.now)
+    clock.now += age_s
+    found = view.figures()["cameras"][0]
+    assert (found["state"], found["frame_age_s"]) == (expected, age_s)
+
+
+def test_lost_camera_has_its_cause(camera: Camera, live: LiveView) -> None:
+    camera.problem = "connection refused"
+    assert live.figures()["cameras"][0]["problem"] == ""
+    camera.state = "lost"
+    assert live.figures()["cameras"][0]["problem"] == "connection refused"
+
+
+@pytest.mark.parametrize("label", ["c\ud800t", "\x00", "<b>", "a\nb", "\u202e", "", "x" * 10_000])
+def test_label_of_any_text_is_drawn(label: str) -> None:
+    frame = Frame(Camera("0"), 1, 0.0, jpeg(np.full((48, 64, 3), 128, np.uint8)))
+    assert draw_jpeg(frame, {MODEL: Result(frame, "answered", {label: 1.0})})[:2] == b"\xff\xd8"
+
+
+def test_age_of_a_prediction_does_not_end_where_a_file_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(drawing, "draw_lines", lambda _, texts: lines.extend(texts))
+    image = jpeg(np.zeros((48, 64, 3), np.uint8))
+    before = Frame(Camera("clip.mp4"), 100, 50.0, image, position_s=14.0)
+    for position_s in (15.5, 0.5):
+        frame = Frame(before.camera, 140, 55.0, image, position_s)
+        annotate(frame, {MODEL: Result(before, "answered", {"cat": 1.0})})
+    assert lines == ["cat 1.00 (5.0 s ago)", "cat 1.00 (5.0 s ago)"]
 
 
 @pytest.mark.parametrize(
