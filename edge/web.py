@@ -7,6 +7,7 @@ import ipaddress
 import json
 import logging
 import re
+import select
 import socket
 import sys
 import threading
@@ -37,6 +38,7 @@ REPEAT_S = 1.0  # A image is sent again after so long: this finds out that a vie
 MAX_REQUEST_BYTES = 1 << 16
 SEND_BUFFER = 1 << 18  # bytes: with more of them a slow viewer gets old images
 BOUNDARY = b"--frame\r\n"
+CONNECTION = "edge.connection"  # in the WSGI environment: the viewer's socket
 
 Write = Callable[[bytes], Any]
 Send = Callable[[str, Any, bytes | None], Write]  # status, headers, body
@@ -65,7 +67,6 @@ class Application:
     """The WSGI application. `hosts`: the addresses and the name that it listens on."""
 
     def __init__(self, view: LiveView, registry: CollectorRegistry, hosts: set[str]) -> None:
-        self.closing = threading.Event()
         self._cameras, self._figures, self._metrics = list(view.cameras.values()), view.figures, make_wsgi_app(registry)
         self._hosts, self._viewers = hosts, threading.BoundedSemaphore(MAX_VIEWERS)
 
@@ -100,7 +101,8 @@ class Application:
             body = b"".join(self._metrics(as_get, lambda *arguments: response.extend(arguments)))
             send(response[0], response[1], body)
         elif image and int(image[1]) <= len(self._cameras):
-            self._send_images(self._cameras[int(image[1]) - 1], image[2] == "mjpg", method == "GET", send)
+            viewer = environ[CONNECTION] if method == "GET" and image[2] == "mjpg" else None
+            self._send_images(self._cameras[int(image[1]) - 1], image[2], viewer, send)
         else:
             expected = "expected /, /stats.json, /metrics, /cameras/1.jpg or /cameras/1.mjpg"
             send_error(send, "404 Not Found", f"{expected}, of {len(self._cameras)} cameras")
@@ -118,8 +120,8 @@ class Application:
             return name in {"localhost", own, f"{own}.local", *self._hosts}
         return address.is_loopback or str(address) in self._hosts or not self._hosts.isdisjoint({"0.0.0.0", "::"})
 
-    def _send_images(self, camera: CameraView, is_stream: bool, is_get: bool, send: Send) -> None:
-        """Send a image of a camera, or a stream of its new images until the viewer leaves."""
+    def _send_images(self, camera: CameraView, kind: str, viewer: socket.socket | None, send: Send) -> None:
+        """Send an image of a camera; with the kind "mjpg" a stream of its new images, until the viewer leaves."""
         if not self._viewers.acquire(blocking=False):
             send_error(send, "503 Service Unavailable", f"{MAX_VIEWERS} others are watching", ("Retry-After", "1"))
             return
@@ -127,18 +129,20 @@ class Application:
             image, sent, sent_at = camera.image(), b"", 0.0
             if not image:
                 send_error(send, "503 Service Unavailable", "the camera has no frame yet", ("Retry-After", "1"))
-            elif not is_stream:
+            elif kind == "jpg":
                 send("200 OK", [("Content-Type", "image/jpeg")], image)
             else:
                 write = send("200 OK", [("Content-Type", "multipart/x-mixed-replace; boundary=frame")], None)
-                write(BOUNDARY if is_get else b"")
-                while is_get and not self.closing.wait(IMAGE_INTERVAL_S):
+                write(BOUNDARY if viewer else b"")
+                while viewer:
                     image = camera.image()
                     if image is not sent or time.monotonic() - sent_at >= REPEAT_S:
                         head = b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(image)
                         # A browser shows a part when the boundary after it has arrived.
                         write(head + image + b"\r\n" + BOUNDARY)
                         sent, sent_at = image, time.monotonic()
+                    if select.select([viewer], [], [], IMAGE_INTERVAL_S)[0]:
+                        return  # The viewer has left.
         finally:
             self._viewers.release()
 
@@ -155,10 +159,9 @@ class Handler(WSGIRequestHandler):
         self.rfile = io.BufferedReader(DeadlineReader(self.connection, MAX_REQUEST_BYTES))
         super().handle()
 
-    def parse_request(self) -> bool:
-        is_valid = super().parse_request()
+    def get_environ(self) -> dict[str, Any]:
         self.connection.settimeout(TIMEOUT_S)  # DeadlineReader has shortened it.
-        return is_valid
+        return {**super().get_environ(), CONNECTION: self.connection}
 
     def finish(self) -> None:
         """Read the body of a rejected request: otherwise its sender gets a reset connection instead of the response."""
@@ -239,7 +242,6 @@ def serve_page(
     try:
         yield view
     finally:
-        application.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

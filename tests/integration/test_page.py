@@ -128,7 +128,8 @@ def keep(image: Locator, pictures: set[bytes]) -> set[bytes]:
 def test_lost_camera_and_server_are_shown_and_their_return(
     fake: FakeServer, browser: Browser, cameras: list[MjpegCamera], tmp_path: Path
 ) -> None:
-    with serving(fake, tmp_path, *(each.url for each in cameras)) as page, opened(browser, page) as tab:
+    urls = [each.url for each in cameras]
+    with serving(fake, tmp_path, *urls, server_wait_s=3) as page, opened(browser, page) as tab:
         wait_until(lambda: states(tab) == ["live", "live"])
         cameras[1].mode = "cut"
         wait_until(lambda: states(tab)[0] == "live" and states(tab)[1].startswith("lost since "))

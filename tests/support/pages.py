@@ -53,12 +53,17 @@ class Page:
 
 @contextmanager
 def serving(
-    fake: FakeServer, folder: Path, *inputs: str, port: int | None = None, is_waiting: bool = True
+    fake: FakeServer,
+    folder: Path,
+    *inputs: str,
+    port: int | None = None,
+    is_waiting: bool = True,
+    server_wait_s: float = 30,
 ) -> Iterator[Page]:
     """Run request.py with its page until the block ends; is_waiting: first wait for a result of each camera."""
     port = port or free_ports(1)[0]
     arguments = [argument for each in inputs for argument in ("--input", each)]
-    with running(fake, folder, *arguments, "--http", str(port)) as edge:
+    with running(fake, folder, *arguments, "--http", str(port), "--server-wait", str(server_wait_s)) as edge:
         page = Page(edge, port)
         if is_waiting:
             edge.wait_until(lambda: len({line["camera"] for line in edge.results()}) == len(inputs))

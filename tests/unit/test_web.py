@@ -22,7 +22,7 @@ from edge.session import ServerHealth
 from edge.stats import CameraStats
 from edge.timing import Timing
 from edge.view import LiveView
-from edge.web import MAX_VIEWERS, PAGE, Application
+from edge.web import CONNECTION, MAX_VIEWERS, PAGE, Application
 from tests.support.frames import jpeg
 from tests.support.results import MODEL
 
@@ -63,7 +63,14 @@ class Client:
             assert len(response.headers) == len(headers)
             return write
 
-        environ = {"PATH_INFO": path, "REQUEST_METHOD": method, "HTTP_HOST": host, "QUERY_STRING": "", **more}
+        environ = {
+            "PATH_INFO": path,
+            "REQUEST_METHOD": method,
+            "HTTP_HOST": host,
+            "QUERY_STRING": "",
+            CONNECTION: object(),
+            **more,
+        }
         assert self.application(environ, start_response) == []
         return response
 
