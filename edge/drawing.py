@@ -10,7 +10,7 @@ from edge.frames import Frame, Result
 
 MAX_LABELS = 3  # of a single model; several models have one line each
 MAX_AGE_S = 1.0  # An older prediction is drawn with its age.
-MAX_SHORT_EDGE, JPEG_QUALITY = 720, 80  # of a image for the web page
+MAX_SHORT_EDGE, JPEG_QUALITY = 720, 80  # of an image for the web page
 MAX_PIXELS = 30_000  # OpenCV draws up to here: a prediction may be anywhere.
 WHITE, BLACK, GREEN, YELLOW, RED = (255, 255, 255), (0, 0, 0), (0, 220, 0), (0, 230, 255), (0, 0, 255)
 

@@ -23,7 +23,7 @@ MAX_LAG_S = 3.0  # of the responses behind the camera
 class CameraView:
     """The annotated images of one camera, drawn on request.
 
-    A image shows the last frame that a model has responded to, with the latest predictions of all models; if the
+    An image shows the last frame that a model has responded to, with the latest predictions of all models; if the
     responses are more than MAX_AGE_S behind the camera, the last frame that was read.
     """
 
@@ -72,7 +72,7 @@ class LiveView(Output):
     def __init__(self, stats: Mapping[Stream, CameraStats], clients: Sequence[TorchServeClient]) -> None:
         self._stats, self._clients, models = stats, clients, [client.model for client in clients]
         self._started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self.executor = ThreadPoolExecutor(1)  # OpenCV 5 loads its font in each new thread: 20 ms for a image
+        self.executor = ThreadPoolExecutor(1)  # OpenCV 5 loads its font in each new thread: 20 ms for an image
         self.cameras = {stream.camera: CameraView(stream.camera, models, self.executor) for stream in stats}
         self._last_minutes = {stream: LastMinute() for stream in stats}
 

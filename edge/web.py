@@ -34,7 +34,7 @@ PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 MAX_VIEWERS = 8
 MAX_CONNECTIONS = 64  # of viewers and all others; a page opens up to 6
 TIMEOUT_S = 5.0  # of a request, and of each image that a viewer receives
-REPEAT_S = 1.0  # A image is sent again after so long: this finds out that a viewer has left.
+REPEAT_S = 1.0  # An image is sent again after so long: this finds out that a viewer has left.
 MAX_REQUEST_BYTES = 1 << 16
 SEND_BUFFER = 1 << 18  # bytes: with more of them a slow viewer gets old images
 BOUNDARY = b"--frame\r\n"

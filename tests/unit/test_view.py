@@ -1,4 +1,4 @@
-"""edge/view.py: which frame a image shows, what a image costs, and the figures."""
+"""edge/view.py: which frame an image shows, what an image costs, and the figures."""
 
 import json
 import threading
