@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -186,5 +187,8 @@ def test_same_camera_twice(node: Node, short_clip: Path, tmp_path: Path) -> None
     with running(node, tmp_path, *inputs, "--metrics-port", f"localhost:{port}") as edge:
         wait_until(lambda: edge.lines() > 0)
         page = requests.get(f"http://localhost:{port}/metrics", timeout=10).text
+        # The next test counts the requests: none of this one may be in flight.
+        edge.process.send_signal(signal.SIGINT)
+        edge.process.wait(timeout=60)
     cameras = re.findall(r'(?m)^camera_frames_captured_total\{camera="(.*)",model="efficientnet-lite0"\}', page)
     assert cameras == [f"{short_clip} (input 1)", f"{short_clip} (input 2)"]

@@ -254,7 +254,6 @@ def test_flood_of_connections_is_limited_and_over_when_it_ends(
         assert "Traceback" not in page.edge.stderr()
 
 
-@pytest.mark.slow
 def test_memory_stays_flat_with_500_viewers_that_come_and_go(
     fake: FakeServer, camera: MjpegCamera, tmp_path: Path
 ) -> None:
