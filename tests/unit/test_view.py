@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 
-from edge import drawing, view
+from edge import view
 from edge.cameras import Camera
-from edge.drawing import MAX_AGE_S, annotate, draw_jpeg
+from edge.drawing import MAX_AGE_S
 from edge.frames import Frame, Result, Stream
 from edge.session import ServerHealth
 from edge.stats import CameraStats
@@ -21,7 +20,7 @@ from edge.timing import Timing
 from edge.view import IMAGE_INTERVAL_S, MAX_LAG_S, WATCHED_S, CameraView, LiveView
 from tests.support.clock import Clock
 from tests.support.frames import jpeg
-from tests.support.results import CAT, MODEL, dropped, result
+from tests.support.results import MODEL, dropped, result
 
 POSE = "keypointrcnn-resnet50-fpn"
 STEP_S = 1.25 * IMAGE_INTERVAL_S
@@ -192,18 +191,6 @@ def test_slow_drawing_delays_only_those_who_watch(
     viewer.join()
 
 
-@pytest.mark.parametrize(("size", "expected"), [((480, 640), (480, 640)), ((1080, 1920), (720, 1280))])
-def test_image_is_the_annotated_frame_at_most_720_pixels_high(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    image = np.full((*size, 3), (40, 120, 200), np.uint8)
-    frame = Frame(Camera("0"), 1, 0.0, jpeg(image))
-    latest = {MODEL: Result(frame, "answered", CAT)}
-    found: Any = cv2.imdecode(np.frombuffer(draw_jpeg(frame, latest), np.uint8), cv2.IMREAD_COLOR)
-    assert found.shape[:2] == expected
-    annotated = cv2.resize(annotate(frame, latest), expected[::-1], interpolation=cv2.INTER_AREA)
-    assert np.abs(found.astype(int) - annotated).mean() < 3
-    assert found[:50, :50].min() < 20  # the label
-
-
 @pytest.fixture
 def live(camera: Camera) -> Iterator[LiveView]:
     """Two cameras, and two models whose servers are in different states."""
@@ -291,23 +278,6 @@ def test_lost_camera_has_its_cause(camera: Camera, live: LiveView) -> None:
     assert live.figures()["cameras"][0]["problem"] == ""
     camera.state = "lost"
     assert live.figures()["cameras"][0]["problem"] == "connection refused"
-
-
-@pytest.mark.parametrize("label", ["c\ud800t", "\x00", "<b>", "a\nb", "\u202e", "", "x" * 10_000])
-def test_label_of_any_text_is_drawn(label: str) -> None:
-    frame = Frame(Camera("0"), 1, 0.0, jpeg(np.full((48, 64, 3), 128, np.uint8)))
-    assert draw_jpeg(frame, {MODEL: Result(frame, "answered", {label: 1.0})})[:2] == b"\xff\xd8"
-
-
-def test_age_of_a_prediction_does_not_end_where_a_file_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(drawing, "draw_lines", lambda _, texts: lines.extend(texts))
-    image = jpeg(np.zeros((48, 64, 3), np.uint8))
-    before = Frame(Camera("clip.mp4"), 100, 50.0, image, position_s=14.0)
-    for position_s in (15.5, 0.5):
-        frame = Frame(before.camera, 140, 55.0, image, position_s)
-        annotate(frame, {MODEL: Result(before, "answered", {"cat": 1.0})})
-    assert lines == ["cat 1.00 (5.0 s ago)", "cat 1.00 (5.0 s ago)"]
 
 
 @pytest.mark.parametrize(
