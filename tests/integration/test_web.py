@@ -21,7 +21,7 @@ from edge.web import MAX_CONNECTIONS, MAX_VIEWERS, TIMEOUT_S, serve_page
 from tests.support.fake_server import FakeServer, fake_server
 from tests.support.frames import decoded, jpeg
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
-from tests.support.pages import BLUE, ORANGE, Page, is_of, serving, shades
+from tests.support.pages import BLUE, ORANGE, Page, Viewer, is_of, serving, shades
 from tests.support.programs import needs
 from tests.support.scripts import run, wait_until
 
@@ -37,40 +37,6 @@ def fake() -> Iterator[FakeServer]:
 @pytest.fixture(scope="module")
 def colors() -> tuple[list[bytes], list[bytes]]:
     return shades(BLUE), shades(ORANGE)
-
-
-class Viewer:
-    """A viewer of a camera's stream. The kernel keeps little of what it has not read."""
-
-    def __init__(self, page: Page, camera: int = 1) -> None:
-        self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        self._socket.settimeout(30)
-        self._socket.connect(("127.0.0.1", page.port))
-        self._socket.sendall(b"GET /cameras/%d.mjpg HTTP/1.1\r\nHost: localhost\r\n\r\n" % camera)
-        self.file = self._socket.makefile("rb")
-
-    def __enter__(self) -> "Viewer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self._socket.close()
-
-    def status(self) -> int:
-        status = int(self.file.readline().split()[1])
-        while self.file.readline().strip():
-            pass
-        return status
-
-    def picture(self) -> bytes:
-        """Return the next picture."""
-        line = b""
-        while not (found := re.match(rb"Content-Length: (\d+)", line)):
-            line = self.file.readline()
-            assert line, "the stream has ended"
-        assert self.file.readline() == b"\r\n"
-        return self.file.read(int(found[1]))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """A request.py with its web page, for the tests of the page by HTTP and in a browser."""
 
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +51,40 @@ class Page:
         """Return the number of connections that the page has open."""
         found = self.edge.process.net_connections("tcp")
         return sum(each.laddr.port == self.port and each.status != "LISTEN" for each in found)
+
+
+class Viewer:
+    """A viewer of a camera's stream. The kernel keeps little of what it has not read."""
+
+    def __init__(self, page: Page, camera: int = 1) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._socket.settimeout(30)
+        self._socket.connect(("127.0.0.1", page.port))
+        self._socket.sendall(b"GET /cameras/%d.mjpg HTTP/1.1\r\nHost: localhost\r\n\r\n" % camera)
+        self.file = self._socket.makefile("rb")
+
+    def __enter__(self) -> "Viewer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self._socket.close()
+
+    def status(self) -> int:
+        status = int(self.file.readline().split()[1])
+        while self.file.readline().strip():
+            pass
+        return status
+
+    def picture(self) -> bytes:
+        """Return the next picture."""
+        line = b""
+        while not (found := re.match(rb"Content-Length: (\d+)", line)):
+            line = self.file.readline()
+            assert line, "the stream has ended"
+        assert self.file.readline() == b"\r\n"
+        return self.file.read(int(found[1]))
 
 
 @contextmanager
