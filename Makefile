@@ -20,7 +20,8 @@ cluster: .venv/server  ## two TorchServe nodes behind nginx, and four cameras; n
 	$(BIN)/python -m demo --cluster
 
 test: test-unit  ## all tests, the others against a real TorchServe
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/integration tests/resilience
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not alone" tests/integration tests/resilience
+	$(BIN)/python -m pytest -m alone tests/integration tests/resilience
 
 test-unit: .venv/dev  ## the tests that start no server and no process
 	$(BIN)/python -m pytest -n 2 tests/unit

@@ -152,6 +152,7 @@ def wait_for_answered(runs: Sequence[Run], camera: str, count: int) -> None:
     wait_until(lambda: all(len(each.answered(camera)) >= target for each, target in zip(runs, targets, strict=True)))
 
 
+@pytest.mark.alone
 def test_largest_batches_of_a_device_do_not_stop_another_one(
     cluster: Cluster, clip: list[Pixels], tmp_path: Path
 ) -> None:
