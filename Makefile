@@ -59,9 +59,9 @@ clean:
 	touch $@
 
 .venv/dev: .venv/server
-	$(BIN)/python -m pip install --quiet '.[server,dev]'
+	$(BIN)/python -m pip install --quiet '.[server,openvino,dev]'
 	touch $@
 
 .venv/bench: .venv/server
-	$(BIN)/python -m pip install --quiet '.[server,bench]'
+	$(BIN)/python -m pip install --quiet '.[server,openvino,bench]'
 	touch $@

@@ -15,17 +15,18 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 try:
     import torch
     import yaml
 
-    from archive.downloads import download_weights, embedded_weights
+    from archive.downloads import TRAINED, trained_weights
     from archive.errors import ArchiveError
     from archive.labels import read_labels, trained_labels
     from archive.weights import network_of, outputs
     from server.images import MAX_PIXELS
-    from server.models import MODELS
+    from server.models import MODELS, has_bf16, import_openvino
     from server.tasks import TASKS
 except ImportError as error:
     sys.exit(f"create_mar_file.py: {error}: install the packages of a server, pip install '<project folder>[server]'")
@@ -44,7 +45,7 @@ def preprocessing(model: str) -> dict[str, object]:
     if MODELS[model].task == "pose-estimation":
         # Pixels: the shorter edge, unless the longer one would get longer than max_size. Keypoint R-CNN does the rest.
         return {"min_size": 800, "max_size": 1333}
-    reference = MODELS[model].weights.transforms()
+    reference = TRAINED[model].transforms()
     is_video = MODELS[model].task == "activity-recognition"
     return {
         "resize": reference.resize_size if is_video else reference.resize_size[0],  # both edges, or the shorter one
@@ -57,8 +58,11 @@ def preprocessing(model: str) -> dict[str, object]:
 
 def model_config(args: argparse.Namespace) -> dict[str, object]:
     """Return the settings of the archive, its model-config.yaml; see config.properties for the others."""
-    handler = {"network": args.model, "threads": THREADS_PER_WORKER, "precision": args.precision}
-    handler["preprocessing"] = preprocessing(args.model)
+    handler: dict[str, Any] = {"network": args.model, "runtime": args.runtime, "precision": args.precision}
+    handler |= {"threads": THREADS_PER_WORKER, "preprocessing": preprocessing(args.model), "min_edge": 0}
+    if args.precision == "int8":  # Otherwise decoding would take as long as the network.
+        resize = handler["preprocessing"]["resize"]
+        handler["min_edge"] = max(resize) if isinstance(resize, list) else resize
     task, max_pixels = TASKS[MODELS[args.model].task], MAX_REQUEST_PIXELS
     if args.max_frames:  # Full HD is enough for a frame of a batch, and a single frame may have 4K.
         max_pixels = min(max(args.max_frames * 1920 * 1080, 3840 * 2160), MAX_REQUEST_PIXELS)
@@ -76,17 +80,18 @@ def model_config(args: argparse.Namespace) -> dict[str, object]:
     return config
 
 
-def write_archive(
-    model_store: Path, model: str, network: torch.nn.Module, labels: list[str], config: dict[str, object]
-) -> Path:
-    """Write model_store/<model>.mar, first elsewhere, then moved into place: it is complete at any time."""
+def write_archive(model_store: Path, model: str, network: Any, labels: list[str], config: dict[str, object]) -> Path:
+    """Write model_store/<model>.mar, first elsewhere, then moved into place: it is complete at any time.
+
+    network: one of PyTorch, or an openvino.Model.
+    """
     model_store.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model_store, prefix=".create_mar_file-") as staging_name:
         staging = Path(staging_name).resolve()  # The archiver runs in it: what is relative would be elsewhere.
-        with io.BytesIO() as file:  # With a file of its own torch hides why it can't write.
-            torch.save(network.state_dict(), file)
-            (staging / f"{model}.pth").write_bytes(file.getvalue())
+        serialized = save_network(network, staging / model)
         shutil.copytree(HERE / "server", staging / "extra" / "server", ignore=shutil.ignore_patterns("__pycache__"))
+        for file in staging.glob("*.bin"):  # OpenVINO's weights, beside its network
+            file.rename(staging / "extra" / file.name)
         (staging / "extra" / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels))), encoding="utf-8")
         (staging / "model-config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         # The archiver builds in <temporary directory>/<model> and deletes what it finds there: give it one of its own.
@@ -94,7 +99,7 @@ def write_archive(
         scratch.mkdir()
         command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", model, "--version", "1.0"]
         command += ["--handler", str(HERE / "handler.py"), "--extra-files", "extra"]
-        command += ["--serialized-file", f"{model}.pth", "--config-file", "model-config.yaml"]
+        command += ["--serialized-file", serialized.name, "--config-file", "model-config.yaml"]
         command += ["--archive-format", "zip-store", "--export-path", "."]
         environment = os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
         try:
@@ -105,6 +110,40 @@ def write_archive(
         archive = model_store / f"{model}.mar"
         (staging / archive.name).replace(archive)
     return archive
+
+
+def save_network(network: Any, path: Path) -> Path:
+    """Write a network, and return its file: path.pth of PyTorch, or path.xml of OpenVINO, with path.bin beside it."""
+    if not isinstance(network, torch.nn.Module):
+        import_openvino().save_model(network, path.with_suffix(".xml"), compress_to_fp16=False)
+        return path.with_suffix(".xml")
+    with io.BytesIO() as file:  # With a file of its own torch hides why it can't write.
+        torch.save(network.state_dict(), file)
+        path.with_suffix(".pth").write_bytes(file.getvalue())
+    return path.with_suffix(".pth")
+
+
+def converted(network: torch.nn.Module, labels: list[str], handler: Any, args: argparse.Namespace) -> Any:
+    """Return a network as the runtime takes it; print how exact int8 is. Raises ArchiveError."""
+    if args.runtime == "pytorch":
+        return network
+    try:
+        from archive.conversion import convert, quantize
+
+        task = TASKS[MODELS[args.model].task](handler, labels)
+        model = convert(network, task, handler["preprocessing"])
+        if args.precision != "int8":
+            return model
+        quantized, agreement = quantize(model, task, args.calibrate, handler["min_edge"])
+    except ImportError as error:
+        raise ArchiveError(
+            f"{error}: install what it needs, pip install '<project folder>[server,openvino]'"
+        ) from error
+    if not agreement.is_good and not args.force:
+        advice = "calibrate with more videos of your cameras, use another precision, or write it with --force"
+        raise ArchiveError(f"{agreement}; expected 95 % of the labels: {advice}")
+    print(agreement)
+    return quantized
 
 
 def new_parser() -> argparse.ArgumentParser:
@@ -119,8 +158,14 @@ def new_parser() -> argparse.ArgumentParser:
     add("--client-batching", action="store_true", help=text)
     text = "the network (default: %(default)s)"
     add("--model", choices=list(MODELS), default="resnet-18", help=text)
-    text = "of the network: bf16 is faster if the processor has it, and much slower if not (default: %(default)s)"
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help=text)
+    text = "what runs the network; openvino is faster on Intel and AMD processors, and has no pose estimation"
+    add("--runtime", choices=["pytorch", "openvino"], default="pytorch", help=f"{text} (default: %(default)s)")
+    text = "of the network: bf16 is faster if the processor has it; int8, of openvino, if it has VNNI or AMX"
+    add("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help=f"{text} (default: %(default)s)")
+    text = "of int8: a video of your camera, from which the ranges of the values are learned; may be repeated"
+    add("--calibrate", type=Path, action="append", metavar="VIDEO", help=text)
+    text = "of int8: write the archive although less than 95 %% of the first labels are those of fp32"
+    add("--force", action="store_true", help=text)
     text = f"of pose estimation: how certain a person must be to be in the answer, from 0 to 1 (default: {MIN_SCORE})"
     add("--min-score", type=score, metavar="SCORE", help=text)
     text = "frames that a request may have: fewer, if one device must not delay the others (default: 256; pose: 16)"
@@ -153,8 +198,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--labels goes with --weights: torchvision's weights have labels of their own")
     if args.min_score is not None and not is_pose:
         parser.error(f"--min-score goes with pose estimation: {args.model} finds no persons")
-    if args.precision == "bf16" and is_pose:
-        parser.error(f"--precision bf16 does not go with {args.model}: bf16 is not exact for pixels")
+    if is_pose and args.runtime == "openvino":
+        parser.error(f"--runtime openvino does not go with {args.model}: it can't convert its network")
+    if is_pose and args.precision != "fp32":
+        parser.error(f"--precision {args.precision} does not go with {args.model}: it is not exact for pixels")
+    if args.precision == "int8" and args.runtime != "openvino":
+        parser.error("--precision int8 goes with --runtime openvino")
+    if (args.precision == "int8") != bool(args.calibrate):
+        parser.error("--precision int8 and --calibrate VIDEO go together")
+    if args.force and args.precision != "int8":
+        parser.error("--force goes with --precision int8: nothing else is checked")
     return args
 
 
@@ -162,11 +215,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that nothing half-written is left behind.
     try:
-        model = MODELS[args.model]
         labels = read_labels(args.labels) if args.labels else trained_labels(args.model)
-        weights = args.weights or (embedded_weights() if model.has_own_weights else download_weights(model.weights.url))
+        weights = args.weights or trained_weights(args.model)
         network, changes = network_of(args.model, weights, len(labels))
-        archive = write_archive(Path("model_store"), args.model, network, labels, model_config(args))
+        config = model_config(args)
+        served = converted(network, labels, config["handler"], args)
+        archive = write_archive(Path("model_store"), args.model, served, labels, config)
     except ArchiveError as error:
         print(f"create_mar_file.py: {' '.join(str(error).split())}", file=sys.stderr)  # One line, whatever files hold.
         return error.exit_code
@@ -176,6 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("create_mar_file.py: interrupted", file=sys.stderr)
         return 130
+    if args.precision == "bf16" and not has_bf16():
+        print(
+            "create_mar_file.py: this processor has no bf16: a worker on it runs the network in fp32", file=sys.stderr
+        )
     if changes:
         print(f"{weights}: {changes}")
     kind = "JSON batches" if args.client_batching else "frames"

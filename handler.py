@@ -8,9 +8,8 @@ settings (model-config.yaml). The body of a request is either
   sent, with `{"error": "..."}` in the place of a frame that can't be read. For activity recognition it is a clip.
 
 A request without a frame that can be read gets status 400, one that is too much work 413, and `{"error": "..."}` on one
-line of ASCII. TorchServe batches requests without looking at them: a bad one must not affect the others.
-
-Written for Python 3.9, which TorchServe's own image has.
+line of ASCII. TorchServe batches requests without looking at them: a bad one must not affect the others. Written for
+Python 3.9, which TorchServe's own image has.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from ts.utils.util import load_label_mapping
 # TorchServe looks on its PYTHONPATH first, where there may be another `server` than the archive's.
 sys.path.insert(0, str(Path(__file__).parent))
 from server.images import open_image, to_rgb
-from server.models import MODELS, load_network
+from server.models import MODELS, OpenVinoNetwork, load_network, usable_dtype
 from server.requests import Clip, Frame, Request, parse_request
 from server.tasks import TASKS
 
@@ -51,7 +50,6 @@ METRICS = {
 }
 # Header of each response: how many frames shared the batch of the request's first frame.
 BATCH_HEADER = "X-Forward-Batch-Size"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no type information
@@ -64,17 +62,21 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         Image.core.set_block_size(64 * 2**20)  # type: ignore[attr-defined]
         settings = context.model_yaml_config["handler"]
         torch.set_num_threads(settings["threads"])
-        self.dtype = PRECISIONS[settings["precision"]]
-        gpu = context.system_properties.get("gpu_id")
-        self.device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
+        gpu, is_openvino = context.system_properties.get("gpu_id"), settings["runtime"] == "openvino"
+        has_gpu = gpu is not None and torch.cuda.is_available() and not is_openvino
+        self.device = torch.device(f"cuda:{gpu}" if has_gpu else "cpu")
+        self.dtype = usable_dtype(settings["precision"], self.device)
         archive = Path(context.system_properties["model_dir"])
         labels = list(load_label_mapping(str(archive / "index_to_name.json")).values())
-        weights = torch.load(
-            archive / context.manifest["model"]["serializedFile"], map_location=self.device, weights_only=True
-        )
-        network = load_network(settings["network"], weights, len(labels))
         self.task = TASKS[MODELS[settings["network"]].task](settings, labels)
-        self.model: Callable[[Any], Any] = self.task.prepare(network).to(self.device, self.dtype)
+        path = archive / context.manifest["model"]["serializedFile"]
+        if is_openvino:
+            self.model: Callable[[Any], Any] = OpenVinoNetwork(path, self.dtype, settings["threads"])
+            self.dtype = torch.uint8
+        else:
+            weights = torch.load(path, self.device, weights_only=True)
+            network = load_network(settings["network"], weights, len(labels))
+            self.model = self.task.prepare(network).to(self.device, self.dtype)
 
         self.model_name = context.model_name
         self.metrics = {
@@ -83,6 +85,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         }
         batch_size = context.system_properties["batch_size"]
         self.limits = self.task.clip_frames, settings["max_frames"], settings["max_pixels"]
+        self.min_edge = settings["min_edge"]
         self.headers = {  # of each response: what a client has to know of the model
             "X-Model-Task": self.task.name,
             "X-Model-Clip-Frames": str(self.task.clip_frames),
@@ -100,11 +103,9 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
 
     def warm_up(self, batch_sizes: Iterable[int]) -> None:
         """Predict blank frames, so that what takes time only once has happened before the first request."""
-        with io.BytesIO() as file:
-            Image.new("RGB", (640, 480)).save(file, "JPEG")
-            blank = file.getvalue()
+        Image.new("RGB", (640, 480)).save(blank := io.BytesIO(), "JPEG")
         for size in batch_sizes:
-            self.predict([Clip([Frame(blank)]) for _ in range(size)])
+            self.predict([Clip([Frame(blank.getvalue())]) for _ in range(size)])
 
     # BaseHandler.handle() is replaced, because there a `describe` or `explain` header of one client costs the others of
     # the batch their predictions.
@@ -158,7 +159,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
             return None
         try:
             with open_image(frame.file) as image:
-                return self.task.preprocess(to_rgb(image))
+                return self.task.preprocess(to_rgb(image, self.min_edge))
         except Exception as error:  # noqa: BLE001 - Pillow's decoders raise any exception on broken data.
             frame.error = f"broken image: {error}"
             return None

@@ -1,14 +1,31 @@
-"""Trained weights from elsewhere: torchvision's from the network, EfficientNet-Lite0's from its pip package."""
+"""Trained weights: torchvision's from the network, EfficientNet-Lite0's from its pip package."""
 
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from torchvision.models import ResNet18_Weights
+from torchvision.models.detection import KeypointRCNN_ResNet50_FPN_Weights
+from torchvision.models.video import R3D_18_Weights
 
 from archive.errors import DownloadError
 
 TIMEOUT_S = 5.0
+# Torchvision's weights of each model, with their URL, labels and preprocessing. EfficientNet-Lite0 has the labels and
+# the preprocessing of ResNet-18, and weights of its own.
+TRAINED: dict[str, Any] = {
+    "resnet-18": ResNet18_Weights.IMAGENET1K_V1,
+    "efficientnet-lite0": ResNet18_Weights.IMAGENET1K_V1,
+    "keypointrcnn-resnet50-fpn": KeypointRCNN_ResNet50_FPN_Weights.COCO_V1,
+    "r3d-18": R3D_18_Weights.KINETICS400_V1,
+}
+
+
+def trained_weights(model: str) -> Path:
+    """Return the file with a model's trained weights. Raises DownloadError if it can't be downloaded."""
+    return embedded_weights() if model == "efficientnet-lite0" else download_weights(TRAINED[model].url)
 
 
 def download_weights(url: str) -> Path:

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from archive.downloads import TRAINED
 from archive.errors import ArchiveError
-from server.models import MODELS
 
 EXPECTED = 'expected one label a line, or JSON: ["cat", "dog"] or {"0": "cat", "1": "dog"}'
 # What a file may hold instead of labels, by what all of its lines are (but for a header), and by its first line.
@@ -29,7 +29,7 @@ NUMBERED_AT_END = r"(.*\S)(?:\s+|\s*[=:>]\s*)(\d+)"
 
 def trained_labels(model: str) -> list[str]:
     """Return the labels of a model's trained weights, with underscores for spaces; keypoints of pose estimation."""
-    meta = MODELS[model].weights.meta
+    meta = TRAINED[model].meta
     return [label.replace(" ", "_") for label in meta.get("keypoint_names") or meta["categories"]]
 
 

@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 
 from archive.errors import ArchiveError
-from server.models import MODELS, load_network
+from server.models import MODELS
+from server.models import load_network as load
 
 # Under these names training scripts keep the state dict in a checkpoint, torchvision's and Lightning's among them.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -72,6 +73,14 @@ def network_of(model: str, path: Path, labels: int) -> tuple[torch.nn.Module, st
     if not is_finite(network, model):
         raise ArchiveError(f"{path} can't be used: with these weights {model} answers NaN; {DIVERGED}")
     return network, "; ".join(changes + more)
+
+
+def load_network(model: str, state: Mapping[str, torch.Tensor], labels: int) -> torch.nn.Module:
+    """Return a network for so many labels, with trained weights in it."""
+    # A trained batch normalization counts its batches, and adds eps to the variance. A frozen one does neither.
+    counters = {name for name in state.keys() - shapes(model, labels).keys() if name.endswith(COUNTER)}
+    variances = {name.replace(COUNTER, "running_var") for name in counters}
+    return load(model, {name: value + 1e-5 if name in variances else value for name, value in state.items()}, labels)
 
 
 def shapes(model: str, labels: int) -> dict[str, torch.Tensor]:

@@ -19,11 +19,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from archive.downloads import download_weights
+from archive.downloads import trained_weights
 from archive.errors import DownloadError
 from demo.node import PROJECT, NodeError, free_ports, torchserve
 from demo.proxy import nginx, node_config
-from server.models import MODELS
 
 NODES = 2
 CAMERAS = 4
@@ -39,7 +38,7 @@ def run(script: str, *arguments: str, folder: Path, environment: dict[str, str] 
 def choose_model() -> str:
     """Return resnet-18 if its weights are here or can be downloaded, else the model whose weights come with pip."""
     try:
-        download_weights(MODELS["resnet-18"].weights.url)
+        trained_weights("resnet-18")
     except DownloadError as error:
         print(f"ResNet-18's weights can't be downloaded ({error.__cause__}): going on with efficientnet-lite0")
         return "efficientnet-lite0"

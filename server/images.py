@@ -80,8 +80,13 @@ def open_image(file: bytes | bytearray) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image; return it as RGB, upright as its EXIF says. Raises any exception if the data is broken."""
+def to_rgb(image: Image.Image, min_edge: int) -> Image.Image:
+    """Decode an image; return it as RGB, upright as its EXIF says. Raises any exception if the data is broken.
+
+    min_edge: a JPEG of twice as many pixels on its short edge is decoded at 1/2, 1/4 or 1/8 of its size; 0: at its own.
+    """
+    if min_edge and (factor := min(image.size) // min_edge) > 1:
+        image.draft(None, (image.width // factor, image.height // factor))
     if image.mode.startswith("I;16"):  # Pillow's own conversion cuts 16 bits off at 255 where it should scale them.
         image = image.point(lambda value: value / 256).convert("L")
     image.load()

@@ -1,32 +1,28 @@
-"""The models that can be served: for each name its task, its network, and torchvision's weights."""
+"""The models that can be served: for each name its task and its network; and what runs a network on a processor."""
 
 from __future__ import annotations
 
+import logging
+import platform
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torchvision.models import ResNet18_Weights, resnet18, video
-from torchvision.models.detection import KeypointRCNN, KeypointRCNN_ResNet50_FPN_Weights
+from torchvision.models import resnet18, video
+from torchvision.models.detection import KeypointRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network and its task.
-
-    build: returns the untrained network for a number of labels, which is passed as num_classes.
-    weights: torchvision's trained weights, with their labels and their preprocessing.
-    has_own_weights: the weights come from elsewhere; labels and preprocessing are those of `weights`.
-    """
+    """A network and its task. build: returns the untrained network for a number of labels, num_classes."""
 
     task: str
     build: Callable[..., torch.nn.Module]
-    weights: Any
-    has_own_weights: bool = False
 
 
 def efficientnet_lite0(num_classes: int) -> torch.nn.Module:
@@ -45,20 +41,61 @@ def keypoint_rcnn(num_classes: int) -> torch.nn.Module:
     return network
 
 
-IMAGENET = ResNet18_Weights.IMAGENET1K_V1
 MODELS = {
-    "resnet-18": Model("image-classification", resnet18, IMAGENET),
-    "efficientnet-lite0": Model("image-classification", efficientnet_lite0, IMAGENET, has_own_weights=True),
-    "keypointrcnn-resnet50-fpn": Model("pose-estimation", keypoint_rcnn, KeypointRCNN_ResNet50_FPN_Weights.COCO_V1),
-    "r3d-18": Model("activity-recognition", video.r3d_18, video.R3D_18_Weights.KINETICS400_V1),
+    "resnet-18": Model("image-classification", resnet18),
+    "efficientnet-lite0": Model("image-classification", efficientnet_lite0),
+    "keypointrcnn-resnet50-fpn": Model("pose-estimation", keypoint_rcnn),
+    "r3d-18": Model("activity-recognition", video.r3d_18),
 }
 
 
 def load_network(name: str, state: Mapping[str, torch.Tensor], labels: int) -> torch.nn.Module:
     """Return a network for so many labels, with a state dict in it. Raises RuntimeError if the two don't fit."""
     network = MODELS[name].build(num_classes=labels)
-    # A trained batch normalization counts its batches, and adds eps to the variance. A frozen one does neither.
-    counters = {key for key in state.keys() - network.state_dict().keys() if key.endswith("num_batches_tracked")}
-    variances = {key.replace("num_batches_tracked", "running_var") for key in counters}
-    network.load_state_dict({key: value + 1e-5 if key in variances else value for key, value in state.items()})
+    network.load_state_dict(state)
     return network.eval()
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # int8: of what is not int8
+
+
+def has_bf16() -> bool:
+    """Return whether the processor computes in bf16; PyTorch emulates it on others, eight times slower than fp32."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    # For oneDNN any AVX-512 is enough. PyTorch before 2.5 can't tell more.
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)())
+
+
+def usable_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return what a network computes with on a device: fp32 instead of bf16 on a processor that has no bf16."""
+    if precision == "bf16" and device.type == "cpu" and not has_bf16():
+        logging.getLogger(__name__).warning("this processor has no bf16: the network runs in fp32, which is faster")
+        return torch.float32
+    return PRECISIONS[precision]
+
+
+def import_openvino() -> Any:
+    """Import OpenVINO, without its package that reports to Intel that it is used."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import openvino
+
+    return openvino
+
+
+class OpenVinoNetwork:
+    """A network in OpenVINO's format, compiled for this processor. It takes batches of uint8, and normalizes them.
+
+    model: its file, or an openvino.Model.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, threads: int) -> None:
+        settings = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "NUM_STREAMS": 1}
+        # Pinned threads of all workers would share the first core.
+        settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+        self._request = import_openvino().Core().compile_model(model, "CPU", settings).create_infer_request()
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        pixels = batch.movedim(1, -1).contiguous().numpy()
+        return torch.from_numpy(self._request.infer([pixels], share_inputs=True)[0])

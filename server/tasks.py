@@ -36,7 +36,9 @@ class ImageClassification:
         self.center = v2.CenterCrop(preprocessing["crop"])
         self.crop = v2.Compose([v2.Resize(preprocessing["resize"], self.interpolation), self.center, v2.PILToTensor()])
         normalize = v2.Normalize(preprocessing["mean"], preprocessing["std"])
-        self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), normalize])
+        self.normalize: Any = v2.Compose([v2.ToDtype(torch.float32, scale=True), normalize])
+        if settings["runtime"] == "openvino":
+            self.normalize = torch.nn.Identity()  # The network does it: it takes uint8.
 
     def prepare(self, network: torch.nn.Module) -> torch.nn.Module:
         """Fuse each convolution with the batch normalization behind it (not EfficientNet-Lite0's, of its own kind)."""

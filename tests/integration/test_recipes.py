@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from archive.downloads import TRAINED
 from demo.node import PROJECT, java_environment
-from server.models import MODELS
 from tests.support.archives import Archives
 from tests.support.frames import CATS, Pixels, frames_of, jpeg
 from tests.support.networks import RANDOM
@@ -85,7 +85,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, archives: Archives) ->
     cache = tmp_path_factory.mktemp("torch")
     (cache / "hub" / "checkpoints").mkdir(parents=True)
     for model in RANDOM:
-        name = MODELS[model].weights.url.rpartition("/")[2]
+        name = TRAINED[model].url.rpartition("/")[2]
         (cache / "hub" / "checkpoints" / name).symlink_to(archives.weights(model))
     with tempfile.TemporaryDirectory(prefix="ts-") as scratch:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -1,0 +1,168 @@
+"""Converts a network for OpenVINO, and quantizes it to int8 with frames of the user's own videos."""
+
+import io
+import logging
+import os
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from archive.errors import ArchiveError
+from server.images import to_rgb
+from server.models import OpenVinoNetwork, import_openvino
+
+JPEG_QUALITY = 95  # request.py's default
+PARTS = 10  # of a video, calibration and comparison in turn: frames beside each other look alike
+MAX_CLIPS = 100  # for calibration, and as many for the comparison
+MIN_CLIPS = 10
+VARIANTS = 4  # of each clip: a network that has seen a single scene is wrong in others
+MIN_AGREEMENT = 0.95
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the predictions of an int8 network compare with those of the fp32 network.
+
+    changes: of the probability of fp32's first label, for each clip. agreed: clips with the same first label.
+    """
+
+    changes: Sequence[float]
+    agreed: int
+
+    @property
+    def is_good(self) -> bool:
+        return self.agreed >= MIN_AGREEMENT * len(self.changes)
+
+    def __str__(self) -> str:
+        share = f"{100 * self.agreed / len(self.changes):.1f} % of {len(self.changes)} frames"
+        median, largest = statistics.median(self.changes), max(self.changes)
+        return (
+            f"int8 has the first label of fp32 for {share} that it was not calibrated with; "
+            f"the label's probability changes by {median:.3f} (median), at most {largest:.3f}"
+        )
+
+
+def convert(network: torch.nn.Module, task: Any, preprocessing: dict[str, Any]) -> Any:
+    """Return a network in OpenVINO's format, which takes uint8 (clips, ..., 3) and normalizes it itself."""
+    openvino = import_openvino()
+    blank = task.preprocess(Image.new("RGB", (640, 480)))
+    batch = task.collate([[blank] * task.clip_frames], torch.device("cpu"), torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # It traces the network, which PyTorch means to drop.
+        model = openvino.convert_model(network, example_input=batch, input=[-1, *batch.shape[1:]])
+    steps = openvino.preprocess.PrePostProcessor(model)
+    steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("N...C"))
+    steps.input().model().set_layout(openvino.Layout("NC..."))
+    mean, std = ([255 * value for value in preprocessing[name]] for name in ("mean", "std"))
+    steps.input().preprocess().convert_element_type(openvino.Type.f32).mean(mean).scale(std)
+    return steps.build()
+
+
+def quantize(model: Any, task: Any, videos: Sequence[Path], min_edge: int) -> tuple[Any, Agreement]:
+    """Return a network quantized to int8 with clips of some videos, and its agreement on other clips of them.
+
+    min_edge: the reduced size at which frames are decoded for int8, see to_rgb(). The comparison includes its effect.
+
+    Raises ArchiveError if a video can't be read, or is too short.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # It warns of a missing GPU.
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    threads = os.cpu_count() or 1
+    calibration: list[list[bytes]] = []
+    others: list[list[bytes]] = []
+    for video in videos:
+        clips = list(clips_of(video, task, MAX_CLIPS * 2 // len(videos)))
+        for number, clip in enumerate(clips):
+            (others if number * PARTS // len(clips) % 2 else calibration).append(clip)
+    if min(len(calibration), len(others)) < MIN_CLIPS:
+        needed = f"{2 * MIN_CLIPS} {'clips' if task.clip_frames > 1 else 'frames'}"
+        raise ArchiveError(f"{' '.join(map(str, videos))}: too short to calibrate with, expected at least {needed}")
+    dataset = nncf.Dataset(list(variants([decoded(clip, task, min_edge) for clip in calibration])))
+    quantized = nncf.quantize(
+        model,
+        dataset,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=VARIANTS * len(calibration),
+        ignored_scope=nncf.IgnoredScope(names=sensitive_layers(model)),
+    )
+    expected, actual = (OpenVinoNetwork(each, torch.float32, threads) for each in (model, quantized))
+    changes, agreed = [], 0
+    for clip in others:
+        before = expected(decoded(clip, task, 0)).softmax(dim=1)[0]
+        after = actual(decoded(clip, task, min_edge)).softmax(dim=1)[0]
+        changes.append(abs(float(after[before.argmax()] - before.max())))
+        agreed += int(before.argmax() == after.argmax())
+    return quantized, Agreement(changes, agreed)
+
+
+def sensitive_layers(model: Any) -> list[str]:
+    """Return the layers that stay in fp32: the first and the last one, and depthwise convolutions.
+
+    They lose most by rounding, and are a small part of the arithmetic.
+    """
+    layers = [each for each in model.get_ordered_ops() if each.get_type_name() in ("Convolution", "MatMul")]
+    depthwise = [each for each in model.get_ordered_ops() if each.get_type_name() == "GroupConvolution"]
+    return [each.get_friendly_name() for each in (layers[0], layers[-1], *depthwise)]
+
+
+def clips_of(video: Path, task: Any, count: int) -> Iterator[list[bytes]]:
+    """Yield so many clips of a video, evenly spaced, as the JPEG of their frames. Raises ArchiveError if it is none."""
+    capture = cv2.VideoCapture(str(video.absolute()), cv2.CAP_FFMPEG)
+    try:
+        stated, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+        if not capture.isOpened() or stated < 1:
+            raise ArchiveError(f"can't read {video}: expected a video of your camera")
+        step = max(1, round(fps / task.frame_rate)) if task.frame_rate else 1
+        count = min(count, max(1, stated // (task.clip_frames * step)))
+        for number in range(count):
+            capture.set(cv2.CAP_PROP_POS_FRAMES, number * stated // count)
+            clip = []
+            for index in range(task.clip_frames * step):
+                is_due = index % step == 0
+                ok, pixels = capture.read() if is_due else (capture.grab(), None)
+                if ok and pixels is not None:
+                    clip.append(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
+            if len(clip) == task.clip_frames:
+                yield clip
+    finally:
+        capture.release()
+
+
+def decoded(clip: Sequence[bytes], task: Any, min_edge: int) -> torch.Tensor:
+    """Return a batch of one clip, as handler.py makes it."""
+    images = [to_rgb(Image.open(io.BytesIO(file)), min_edge) for file in clip]
+    batch: torch.Tensor = task.collate([list(map(task.preprocess, images))], torch.device("cpu"), torch.uint8)
+    return batch
+
+
+def variants(clips: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """Yield each clip as it is, and variants of it with other colours, contrasts and parts of the image.
+
+    Their values cover the range of scenes that the videos don't have.
+    """
+    torch.manual_seed(0)
+    size = clips[0].shape[-2:]
+    change = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.5, 0.5, 0.8, 0.5),
+            v2.RandomInvert(0.1),
+            v2.RandomGrayscale(0.1),
+        ]
+    )
+    for clip in clips:
+        for number in range(VARIANTS):
+            # These transforms want the colours as the third dimension from the end, OpenVINO as the last one.
+            changed = change(clip.movedim(1, -3)).movedim(-3, 1) if number else clip
+            yield changed.movedim(1, -1).contiguous().numpy()
