@@ -26,7 +26,7 @@ try:
     from archive.labels import read_labels, trained_labels
     from archive.weights import network_of, outputs
     from server.images import MAX_PIXELS
-    from server.models import MODELS, has_bf16, import_openvino
+    from server.models import MODELS, has_bf16
     from server.tasks import TASKS
 except ImportError as error:
     sys.exit(f"create_mar_file.py: {error}: install the packages of a server, pip install '<project folder>[server]'")
@@ -115,7 +115,9 @@ def write_archive(model_store: Path, model: str, network: Any, labels: list[str]
 def save_network(network: Any, path: Path) -> Path:
     """Write a network, and return its file: path.pth of PyTorch, or path.xml of OpenVINO, with path.bin beside it."""
     if not isinstance(network, torch.nn.Module):
-        import_openvino().save_model(network, path.with_suffix(".xml"), compress_to_fp16=False)
+        import openvino
+
+        openvino.save_model(network, path.with_suffix(".xml"), compress_to_fp16=False)
         return path.with_suffix(".xml")
     with io.BytesIO() as file:  # With a file of its own torch hides why it can't write.
         torch.save(network.state_dict(), file)

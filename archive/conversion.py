@@ -17,12 +17,13 @@ from torchvision.transforms import v2
 
 from archive.errors import ArchiveError
 from server.images import to_rgb
-from server.models import OpenVinoNetwork, import_openvino
+from server.models import OpenVinoNetwork
 
 JPEG_QUALITY = 95  # request.py's default
 PARTS = 10  # of a video, calibration and comparison in turn: frames beside each other look alike
 MAX_CLIPS = 100  # for calibration, and as many for the comparison
 MIN_CLIPS = 10
+MAX_SKIPPED = 250  # frames of a video: so many are read faster than sought
 VARIANTS = 4  # of each clip: a network that has seen a single scene is wrong in others
 MIN_AGREEMENT = 0.95
 
@@ -52,7 +53,8 @@ class Agreement:
 
 def convert(network: torch.nn.Module, task: Any, preprocessing: dict[str, Any]) -> Any:
     """Return a network in OpenVINO's format, which takes uint8 (clips, ..., 3) and normalizes it itself."""
-    openvino = import_openvino()
+    import openvino
+
     blank = task.preprocess(Image.new("RGB", (640, 480)))
     batch = task.collate([[blank] * task.clip_frames], torch.device("cpu"), torch.float32)
     with warnings.catch_warnings():
@@ -124,9 +126,13 @@ def clips_of(video: Path, task: Any, count: int) -> Iterator[list[bytes]]:
             raise ArchiveError(f"can't read {video}: expected a video of your camera")
         step = max(1, round(fps / task.frame_rate)) if task.frame_rate else 1
         count = min(count, max(1, stated // (task.clip_frames * step)))
-        for number in range(count):
-            capture.set(cv2.CAP_PROP_POS_FRAMES, number * stated // count)
-            clip = []
+        place = 0  # in the video, frames
+        for start in (number * stated // count for number in range(count)):
+            if start - place > MAX_SKIPPED:
+                capture.set(cv2.CAP_PROP_POS_FRAMES, start)
+            else:
+                _ = [capture.grab() for _ in range(start - place)]
+            place, clip = start + task.clip_frames * step, []
             for index in range(task.clip_frames * step):
                 is_due = index % step == 0
                 ok, pixels = capture.read() if is_due else (capture.grab(), None)

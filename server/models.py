@@ -16,6 +16,9 @@ from torchvision.models.detection import KeypointRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
+# Otherwise OpenVINO and NNCF report their use to Intel, at each import.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class Model:
@@ -76,14 +79,6 @@ def usable_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def import_openvino() -> Any:
-    """Import OpenVINO, without its package that reports to Intel that it is used."""
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    import openvino
-
-    return openvino
-
-
 class OpenVinoNetwork:
     """A network in OpenVINO's format, compiled for this processor. It takes batches of uint8, and normalizes them.
 
@@ -91,10 +86,12 @@ class OpenVinoNetwork:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, threads: int) -> None:
+        import openvino
+
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "NUM_STREAMS": 1}
         # Pinned threads of all workers would share the first core.
         settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-        self._request = import_openvino().Core().compile_model(model, "CPU", settings).create_infer_request()
+        self._request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
         pixels = batch.movedim(1, -1).contiguous().numpy()

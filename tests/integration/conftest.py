@@ -1,8 +1,10 @@
 """The TorchServe nodes that several modules ask. Each is started once, see SERVERS in tests/conftest.py."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,28 @@ from tests.support.networks import random_resnet18
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[Node]:
-    """A TorchServe with both models, as config.properties serves them, but on two workers each on any machine."""
+    """A TorchServe with both models, as config.properties serves them, but on two workers each on any machine.
+
+    They are there again as openvino-..., converted for OpenVINO, on one worker each.
+    """
     folder = tmp_path_factory.mktemp("node")
-    archives.store(folder, archives.build("efficientnet-lite0"), archives.build("resnet-18"))
-    config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=2\n"
-    with torchserve(folder, ["efficientnet-lite0", "resnet-18"], config) as running:
+    models, openvino = ["efficientnet-lite0", "resnet-18"], {}
+    archives.store(folder, *map(archives.build, models))
+    for model in models:
+        name = f"openvino-{model}"
+        shutil.copy(archives.build(model, "--runtime", "openvino"), folder / "model_store" / f"{name}.mar")
+        workers = {"minWorkers": 1, "maxWorkers": 1}
+        openvino[name] = {"1.0": {"marName": f"{name}.mar", "batchSize": 4, "maxBatchDelay": 5, **workers}}
+    config = with_models(openvino) + "\ndefault_workers_per_model=2\n"
+    with torchserve(folder, [*models, *openvino], config) as running:
         yield running
+
+
+def with_models(models: dict[str, Any]) -> str:
+    """Return config.properties with settings of more models."""
+    config = (PROJECT / "config.properties").read_text()
+    assert "\nmodels={\\\n" in config
+    return config.replace("\nmodels={\\\n", "\nmodels=" + json.dumps(models)[:-1] + ",\\\n")
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +71,7 @@ def tasks_node(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> 
         name, archive = f"gathering-{model}", folder / "model_store" / f"{model}.mar"
         archive.with_name(f"{name}.mar").hardlink_to(archive)
         gathering[name] = {"1.0": {"marName": f"{name}.mar", "batchSize": 4, "maxBatchDelay": 60_000}}
-    config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=1\n"
-    assert "\nmodels={\\\n" in config
-    config = config.replace("\nmodels={\\\n", "\nmodels=" + json.dumps(gathering)[:-1] + ",\\\n")
+    config = with_models(gathering) + "\ndefault_workers_per_model=1\n"
     with torchserve(folder, [*models, *gathering], config) as running:
         yield running
 

@@ -19,6 +19,8 @@ from tests.support.frames import CATS, Pixels, as_json, encoded, jpeg
 from tests.support.networks import TRANSFORMS, assert_equals_reference, random_resnet18, reference
 from tests.support.nodes import BATCH_HEADER, Post, post, post_concurrently
 
+MODELS = ["resnet-18", "efficientnet-lite0", "openvino-resnet-18", "openvino-efficientnet-lite0"]
+
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, torch.nn.Module]:
@@ -63,12 +65,12 @@ def stills() -> dict[str, tuple[bytes, Image.Image]]:
     }
 
 
-@pytest.mark.parametrize("model", ["resnet-18", "efficientnet-lite0"])
+@pytest.mark.parametrize("model", MODELS)
 def test_frames_are_answered_as_torchvision_would(
     node: Node, networks: dict[str, torch.nn.Module], clip: list[Pixels], model: str
 ) -> None:
-    images = [jpeg(frame) for frame in clip[::45]]
-    expected = [reference(networks[model], Image.open(io.BytesIO(image))) for image in images]
+    images, network = [jpeg(frame) for frame in clip[::45]], networks[model.removeprefix("openvino-")]
+    expected = [reference(network, Image.open(io.BytesIO(image))) for image in images]
     assert max(float(probabilities.max()) for probabilities in expected) > 0.2, "too undecided to show a difference"
 
     batch = post(node, model, as_json(*images)).json()
@@ -78,13 +80,14 @@ def test_frames_are_answered_as_torchvision_would(
         assert_equals_reference(post(node, model, image).json(), probabilities)
 
 
-@pytest.mark.parametrize("model", ["resnet-18", "efficientnet-lite0"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", stills())
 def test_still_images_are_answered_as_torchvision_would(
     node: Node, networks: dict[str, torch.nn.Module], model: str, kind: str
 ) -> None:
     image, seen = stills()[kind]
-    assert_equals_reference(post(node, model, image).json(), reference(networks[model], seen))
+    expected = reference(networks[model.removeprefix("openvino-")], seen)
+    assert_equals_reference(post(node, model, image).json(), expected)
 
 
 def test_cats_are_cats(node: Node, clip: list[Pixels]) -> None:

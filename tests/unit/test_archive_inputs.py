@@ -122,7 +122,7 @@ def test_labels_without_weights_are_wrong_usage(capsys: pytest.CaptureFixture[st
         ("--min-score -0.1 --model keypointrcnn-resnet50-fpn", "expected a number from 0 to 1, got '-0.1'"),
         ("--min-score nan --model keypointrcnn-resnet50-fpn", "expected a number from 0 to 1, got 'nan'"),
         ("--min-score most --model keypointrcnn-resnet50-fpn", "expected a number from 0 to 1, got 'most'"),
-        ("--precision bf16 --model keypointrcnn-resnet50-fpn", "bf16 is not exact for pixels"),
+        ("--precision bf16 --model keypointrcnn-resnet50-fpn", "it is not exact for pixels"),
         ("--model pose", "invalid choice: 'pose'"),
         ("--max-frames 0", "--max-frames of resnet-18: expected a number from 1 to 256, got 0"),
         ("--max-frames 257", "--max-frames of resnet-18: expected a number from 1 to 256, got 257"),

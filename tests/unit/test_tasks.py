@@ -11,9 +11,9 @@ from torchvision.models import WeightsEnum, detection
 from torchvision.models.detection import KeypointRCNN_ResNet50_FPN_Weights
 
 import create_mar_file
+from archive.weights import load_network
 from handler import VideoFrameHandler
 from server.images import MAX_PIXELS
-from server.models import load_network
 from server.tasks import ActivityRecognition, BySize, PoseEstimation
 from tests.support.archives import TINY, unpacked_archive
 from tests.support.frames import Pixels, as_json, encoded, jpeg
