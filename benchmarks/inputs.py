@@ -12,9 +12,8 @@ import cv2
 import torch
 from torchvision import models
 
+from benchmarks.plan import CLIP
 from demo.node import PROJECT
-
-CLIP = PROJECT / "data" / "sample_video.mp4"
 
 
 @dataclass(frozen=True)

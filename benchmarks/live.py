@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.figures import Record, latency_fields
-from benchmarks.inputs import CLIP, Inputs, larger_clip
-from benchmarks.plan import BF16, CORES, FP32, FRAME_SIZES, LITSERVE, LIVE, Plan
+from benchmarks.inputs import Inputs, larger_clip
+from benchmarks.plan import BF16, CLIP, CORES, FLAGS, FP32, FRAME_SIZES, LITSERVE, LIVE, Plan
 from benchmarks.results import Results
 from benchmarks.saturation import load, running
 from benchmarks.servers import Server, build_archive, other, ours, progress
@@ -31,9 +31,9 @@ def measure_live(inputs: Inputs, plan: Plan, results: Results) -> None:
     flags = ["--drop", "oldest", "--max-age", str(AGE_LIMIT_MS)]
     with ExitStack() as cleanup:
         servers = {}
-        for name, precision in ((FP32, "fp32"), (BF16, "bf16")):
-            folder = inputs.folder / precision
-            archive = build_archive(folder, inputs.weights, "--precision", precision)
+        for name in [name for name in (FP32, BF16) if name in FLAGS]:
+            folder = inputs.folder / name
+            archive = build_archive(folder, inputs.weights, *FLAGS[name])
             servers[name] = cleanup.enter_context(ours(folder, inputs.config))
             if name == FP32:
                 size, delay_ms = inputs.setting("batchSize"), inputs.setting("maxBatchDelay")

@@ -13,8 +13,8 @@ from demo.node import java_version
 
 CPUINFO = Path("/proc/cpuinfo")
 # Those on which the speed of the network depends; ARM calls them asimd, sve and bf16.
-SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-PACKAGES = ("torch", "torchvision", "torchserve", "litserve", "mosec", "opencv-python-headless")
+SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
+PACKAGES = ("torch", "torchvision", "torchserve", "openvino", "litserve", "mosec", "opencv-python-headless")
 
 
 def instruction_sets(cpuinfo: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 On a machine with 2 cores (`python -m benchmarks.plan` prints this sum):
 
-    saturation  24 min  13 rows × 3 rounds × 32 s, and 9 servers to start, to warm up and to stop
+    saturation  27 min  11 rows × 3 rounds × 32 s, 8 × 3 × 6 s in process, and 9 servers to start and to warm up
     live         6 min   9 rows × 3 rounds × 10 s, and 3 servers
     growth       2 min   6 rows × 2 rounds ×  7 s, and 1 server
     settings     4 min   8 rows ×           10 s, 4 × 10 s with cameras, and 6 servers
@@ -14,25 +14,43 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from demo.node import PROJECT
+from server.models import has_bf16
+
+CLIP = PROJECT / "data" / "sample_video.mp4"
+
 CORES = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
 
 ORIGINAL, FP32, BF16 = "original example", "ours, fp32", "ours, bf16"
+OPENVINO_FP32, OPENVINO_BF16, INT8 = "ours, OpenVINO fp32", "ours, OpenVINO bf16", "ours, OpenVINO int8"
 LITSERVE, MOSEC = "LitServe, our handler", "mosec, our handler"
-# The model's precision of each ceiling.
-CEILINGS = {"ceiling, fp32": "fp32", "ceiling, bf16": "bf16"}
+# The flags of create_mar_file.py. A processor without bf16 would run fp32 instead. --force: the network is untrained, so
+# it says nothing whether int8 has the labels of fp32.
+FLAGS: dict[str, tuple[str, ...]] = {
+    FP32: (),
+    OPENVINO_FP32: ("--runtime", "openvino"),
+    **({BF16: ("--precision", "bf16")} if has_bf16() else {}),
+    **({OPENVINO_BF16: ("--runtime", "openvino", "--precision", "bf16")} if has_bf16() else {}),
+    INT8: ("--runtime", "openvino", "--precision", "int8", "--calibrate", str(CLIP), "--force"),
+}
+# What runs in processes of its own: our handler without a server, and OpenVINO without our handler.
+CEILINGS = {name.replace("ours", "ceiling"): name for name in FLAGS}
+ALONE = {name.replace("ours, OpenVINO", "OpenVINO alone,"): name for name in FLAGS if "OpenVINO" in name}
 
 # Kinds of requests: their number of frames.
 KINDS = {"single": 1, "JSON 4": 4, "JSON 10": 10}
 # The servers that are measured with each kind: those that a target compares, and for batches of 10 the recipe.
 SATURATION: dict[str, tuple[str, ...]] = {
-    "single": (ORIGINAL, FP32, BF16, LITSERVE, MOSEC),
-    "JSON 4": (ORIGINAL, FP32, LITSERVE, MOSEC),
+    "single": (ORIGINAL, *FLAGS, LITSERVE, MOSEC),
+    "JSON 4": (ORIGINAL, FP32),
     "JSON 10": (ORIGINAL, FP32),
 }
 CEILING_BATCH = 4
 # The numbers of cameras for each server: up to twice as many as the number that gets the most answers on 2 cores, which
 # is 2 or 4 in fp32, and 4 or 8 in bf16.
-LIVE: dict[str, tuple[int, ...]] = {FP32: (1, 2, 4, 8), LITSERVE: (1,), BF16: (1, 4, 8, 16)}
+LIVE: dict[str, tuple[int, ...]] = {FP32: (1, 2, 4, 8), LITSERVE: (1,)}
+if BF16 in FLAGS:
+    LIVE[BF16] = (1, 4, 8, 16)
 # The heights of the frames: the sample clip as it is, and enlarged.
 FRAME_SIZES = {"640×480": None, "1280×720": 720, "1920×1080": 1080}
 
@@ -75,6 +93,7 @@ class Plan:
     rounds: int = 3
     growth_rounds: int = 2
     saturation_s: float = 30.0
+    in_process_s: float = 6.0  # without a server there is no warm-up, and little spread
     live_s: float = 8.0  # 3 rounds of one camera are 600 frames: enough for a p99
     growth_s: float = 5.0
     settings_s: float = 8.0
@@ -87,11 +106,14 @@ class Plan:
 
 FULL = Plan()
 # For trying the benchmark: its figures mean nothing.
-QUICK = Plan(1, 1, saturation_s=3, live_s=3, growth_s=2, settings_s=2, start_warm_up_s=1, thorough_warm_up_s=2)
+QUICK = Plan(
+    1, 1, saturation_s=3, in_process_s=2, live_s=3, growth_s=2, settings_s=2, start_warm_up_s=1, thorough_warm_up_s=2
+)
 
 # Seconds, measured on 2 cores: to build an archive, to start and to stop a server, to start and to stop request.py, to
 # enlarge the clip, to start and to stop the processes of a ceiling, and until the last responses of a measurement have
 # arrived.
+CALIBRATION_S = 30.0
 ARCHIVE_S, START_S, STOP_S, CLIENT_S, CLIPS_S, CEILING_S, LAST_S = 4.5, 6.0, 4.0, 2.3, 4.0, 5.0, 0.8
 
 
@@ -103,9 +125,10 @@ def expected_s(plan: Plan) -> dict[str, float]:
 
     started = [name for kind in ("single", "JSON 4") for name in SATURATION[kind]]
     loads = sum(map(len, SATURATION.values()))
-    saturation = 2 * ARCHIVE_S + len(started) * server_s + len(CEILINGS) * CEILING_S
+    in_process = len(CEILINGS) + len(ALONE)
+    saturation = len(FLAGS) * ARCHIVE_S + CALIBRATION_S + len(started) * server_s + in_process * CEILING_S
     saturation += started.count(ORIGINAL) * (plan.thorough_warm_up_s - plan.start_warm_up_s)
-    saturation += plan.rounds * (loads * (plan.saturation_s + row_s) + len(CEILINGS) * plan.saturation_s)
+    saturation += plan.rounds * (loads * (plan.saturation_s + row_s) + in_process * plan.in_process_s)
 
     live = len(LIVE) * server_s + plan.rounds * sum(map(len, LIVE.values())) * stream_s
     growth = server_s + CLIPS_S + plan.growth_rounds * 2 * len(FRAME_SIZES) * (plan.growth_s + CLIENT_S)

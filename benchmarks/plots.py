@@ -16,7 +16,7 @@ from benchmarks.tables import label
 def plot_saturation(records: list[Record], path: Path) -> None:
     """Frames a second of each server, for each kind of request; the whiskers are the lowest and the highest round."""
     servers = distinct(records, "server")
-    figure, axes = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.42 * len(servers)), layout="constrained")
     height = 0.8 / len(KINDS)
     for number, kind in enumerate(KINDS):
         # Only what was measured; the bars of a server are centred on its name.

@@ -37,11 +37,13 @@ with each other: on another machine, or another day on a shared one, all of them
   network is ResNet-18 with untrained weights, which take the same time.
 - **LitServe, mosec**: the same handler, number of workers, batch size and delay, behind another server.
 - **ceiling**: the same handler in as many processes as there are workers, with the frames in memory and no server.
+- **OpenVINO**: archives of `--runtime openvino`. **OpenVINO alone** is the network in as many processes, without our
+  handler, on frames that are decoded and cropped already.
 
 **Other processors.** The first cell of each table names the instruction sets of the processor that was measured. On
 another machine, whose processor has AVX2 but neither AVX-512 nor AMX, the original example served 13 frames/s, ours 17
-in fp32 and 2 in bf16. Such a processor has no instructions for bf16, and PyTorch emulates them: **do not use
-`--precision bf16` there.** `lscpu` shows whether a processor has avx512_bf16 or amx_bf16.
+in fp32 and 2 in bf16. Such a processor has no instructions for bf16, and PyTorch emulated them; now the handler runs
+fp32 there, and this page has no rows of bf16. `lscpu` shows whether a processor has avx512_bf16 or amx_bf16.
 
 **Requests and percentiles.** The tables have the number of requests behind each figure, in all rounds together. A
 percentile is printed only if at least {min_beyond} requests lie beyond it: p99 of 500 requests or more, p95 of 100 or
@@ -55,7 +57,8 @@ Frames of 640×480 from the sample clip; 16 requests of single frames are in fli
 measures for {saturation_s:.0f} s, after a warm-up. A request that is in flight at the start or at the end of this time
 counts with the share of its own time that lies within, so that the figures do not move in steps of whole batches. The
 milliseconds are from a request to its response. n is the number of requests (of a ceiling: of batches of 4) in all
-rounds. "-" was not measured. The CPU includes the second of warm-up.
+rounds; what has no server is measured for {in_process_s:.0f} s. "-" was not measured. The CPU includes the second of
+warm-up.
 
 {saturation}
 
@@ -120,7 +123,9 @@ def page(results: dict[str, Any]) -> str:
     sections = [text]
     if saturation := results.get("saturation"):
         tables = {"saturation": saturation_table(saturation), "cost": cost_table(saturation)}
-        sections.append(SATURATION.format(saturation_s=results["saturation_s"], **tables))
+        sections.append(
+            SATURATION.format(saturation_s=results["saturation_s"], in_process_s=results["in_process_s"], **tables)
+        )
     if saturation and results.get("live"):
         sections.append(TARGETS.format(targets=target_table(results)))
     if live := results.get("live"):

@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress(describe({part: expected[part] for part in arguments.parts}))
     output = arguments.output or HERE
     output.mkdir(parents=True, exist_ok=True)
-    head = {"machine": machine(), "rounds": plan.rounds, "saturation_s": plan.saturation_s}
+    head = {
+        "machine": machine(),
+        "rounds": plan.rounds,
+        "saturation_s": plan.saturation_s,
+        "in_process_s": plan.in_process_s,
+    }
     results = Results(output, head, instruction_sets())
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:

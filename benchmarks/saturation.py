@@ -1,7 +1,8 @@
 """All servers under full load, and the handler alone."""
 
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from benchmarks.in_process import ceiling
 from benchmarks.inputs import Inputs
 from benchmarks.load import saturate
 from benchmarks.plan import (
-    BF16,
+    ALONE,
     CEILING_BATCH,
     CEILINGS,
     CORES,
+    FLAGS,
     FP32,
     JSON_IN_FLIGHT,
     KINDS,
@@ -32,15 +34,11 @@ from tests.support.in_process import Model
 
 JSON = {"Content-Type": "application/json"}
 MAX_DIFFERENCE = 0.05  # of a probability: the rounding of bf16
-PRECISIONS = {FP32: "fp32", BF16: "bf16"}
 
 
 def measure_saturation(inputs: Inputs, plan: Plan, results: Results) -> None:
     """Measure frames a second and latencies of all servers under full load, and of the handler alone."""
-    archives = {
-        name: build_archive(inputs.folder / name, inputs.weights, "--precision", precision)
-        for name, precision in PRECISIONS.items()
-    }
+    archives = {name: build_archive(inputs.folder / name, inputs.weights, *flags) for name, flags in FLAGS.items()}
     expected = Model(archives[FP32]).answers(inputs.frames[:4])
     with ExitStack() as cleanup:
         servers: dict[tuple[str, bool], Server] = {}
@@ -48,7 +46,7 @@ def measure_saturation(inputs: Inputs, plan: Plan, results: Results) -> None:
         for kind, is_json in (("single", False), ("JSON 4", True)):
             for name in SATURATION[kind]:
                 progress(f"starting {name}, {kind}")
-                server = cleanup.enter_context(start(name, is_json, inputs, archives[FP32]))
+                server = cleanup.enter_context(start(name, is_json, inputs, archives))
                 size = KINDS[kind]
                 bodies = inputs.bodies(size)
                 check(server, bodies[0], expected[:size])
@@ -57,9 +55,9 @@ def measure_saturation(inputs: Inputs, plan: Plan, results: Results) -> None:
                 cleanup.callback(server.resume)
                 server.pause()
                 servers[name, is_json] = server
-        ceilings = {
-            name: cleanup.enter_context(ceiling(archives[FP32 if precision == "fp32" else BF16], inputs.frames, CORES))
-            for name, precision in CEILINGS.items()
+        in_process = {
+            name: cleanup.enter_context(ceiling(archives[served], inputs.frames, CORES, name in ALONE))
+            for name, served in (CEILINGS | ALONE).items()
         }
         for number in range(1, plan.rounds + 1):
             for kind, names in SATURATION.items():
@@ -69,23 +67,26 @@ def measure_saturation(inputs: Inputs, plan: Plan, results: Results) -> None:
                     with running(servers[name, size > 1]) as server:
                         record = load(server, inputs.bodies(size), size, plan.warm_up_s, plan.saturation_s)
                     results.add("saturation", {"server": name, "kind": kind, "round": number} | record)
-            for name, model in ceilings.items():
+            for name, model in in_process.items():
                 progress(f"saturation, round {number} of {plan.rounds}, {name}")
-                fps, batches = model.measure(CEILING_BATCH, plan.saturation_s)
+                fps, batches = model.measure(CEILING_BATCH, plan.in_process_s)
                 record = {"server": name, "kind": "single", "round": number, "fps": fps, "requests": batches}
                 results.add("saturation", record)
 
 
-def start(name: str, is_json: bool, inputs: Inputs, archive: Path) -> AbstractContextManager[Server]:
+def start(name: str, is_json: bool, inputs: Inputs, archives: Mapping[str, Path]) -> AbstractContextManager[Server]:
     """Return a server that is about to start, in a folder of its own."""
     folder = inputs.folder / ("json" if is_json else "single") / name
     size, delay_ms = 1 if is_json else inputs.setting("batchSize"), inputs.setting("maxBatchDelay")
     if name == ORIGINAL:
         return original(folder, inputs.weights, is_json)
     if name in (LITSERVE, MOSEC):
-        return other("lit" if name == LITSERVE else "mosec", folder, archive, CORES, size, delay_ms)
-    flags = ["--precision", PRECISIONS[name], *(["--client-batching"] if is_json else [])]
-    build_archive(folder, inputs.weights, *flags)
+        return other("lit" if name == LITSERVE else "mosec", folder, archives[FP32], CORES, size, delay_ms)
+    if is_json:
+        build_archive(folder, inputs.weights, "--client-batching", *FLAGS[name])
+    else:
+        (folder / "model_store").mkdir(parents=True)
+        shutil.copy(archives[name], folder / "model_store")
     return ours(folder, inputs.config)
 
 

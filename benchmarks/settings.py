@@ -4,9 +4,9 @@ import re
 import zipfile
 from pathlib import Path
 
-from benchmarks.inputs import CLIP, Inputs
+from benchmarks.inputs import Inputs
 from benchmarks.live import stream
-from benchmarks.plan import TRIALS, Plan, Trial
+from benchmarks.plan import CLIP, TRIALS, Plan, Trial
 from benchmarks.results import Results
 from benchmarks.saturation import load
 from benchmarks.servers import build_archive, ours, progress

@@ -128,8 +128,8 @@ def test_instruction_sets_of_the_processor(cpuinfo: str, sets: str) -> None:
     assert instruction_sets(cpuinfo) == sets
 
 
-def test_the_benchmark_takes_less_than_40_minutes_and_has_a_p99_of_one_camera() -> None:
-    assert sum(expected_s(FULL).values()) < 40 * 60
+def test_the_benchmark_takes_less_than_45_minutes_and_has_a_p99_of_one_camera() -> None:
+    assert sum(expected_s(FULL).values()) < 45 * 60
     assert FULL.saturation_s >= 30
     assert FULL.rounds >= 3
     assert all(1 in LIVE[server] for server in (FP32,))
