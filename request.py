@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from edge.buffer import ReorderBuffer, new_buffer
 from edge.cameras import Camera
+from edge.changes import ChangeFilter
 from edge.check import check
 from edge.client import TorchServeClient, open_clients
 from edge.clock import Sampler
@@ -47,8 +48,8 @@ class Pipeline:
         self.cameras = list(dict.fromkeys(stream.camera for stream in stats))
         self.clients = {client.model: client for client in clients}
         self.stats, self.options, self.stop, self.timing = stats, options, stop, timing
-        settings = (options.max_age_s, stop, timing)
-        self.buffers = {client.model: new_buffer(self.cameras, client, *settings) for client in clients}
+        self.filters = {each: ChangeFilter(options.static_percent, self.clients[each.model].info) for each in stats}
+        self.buffers = {each.model: new_buffer(self.cameras, each, options.max_age_s, stop, timing) for each in clients}
         self.results: queue.Queue[Result | Future[None]] = queue.Queue(MAX_RESULTS)  # and the ended threads
         self.error: BaseException | None = None
         self.source_code = 0  # the exit code for a source that can't be read
@@ -60,9 +61,12 @@ class Pipeline:
             for frame in camera.frames(self.stop):
                 for model, sampler in samplers.items():
                     if sampler.is_due(frame.time_s):
-                        counts = self.stats[Stream(camera, model)]
+                        counts = self.stats[stream := Stream(camera, model)]
                         counts.captured += 1
-                        if dropped := self.buffers[model].put(replace(frame, model=model, order=counts.captured)):
+                        due = replace(frame, model=model, order=counts.captured, small=None)
+                        if self.filters[stream].is_unchanged(frame):
+                            self.results.put(Result.not_sent(due, "unchanged"))
+                        elif dropped := self.buffers[model].put(due):
                             self.results.put(dropped)
         finally:
             for buffer in self.buffers.values():
@@ -70,13 +74,11 @@ class Pipeline:
 
     def send_frames(self, client: TorchServeClient) -> None:
         """Send the frames of a model's buffer without waiting for responses (sender thread)."""
-        buffer = self.buffers[client.model]
         try:
             while True:
                 # First a slot: while frames wait for it in the buffer, the oldest of them can still be dropped.
                 client.wait_for_slot()
-                frames = buffer.get_batch(client.frames_per_request)
-                if not frames:
+                if not (frames := self.buffers[client.model].get_batch(client.frames_per_request)):
                     return
                 last = frames[-1] if client.info.clip_frames > 1 else None  # A clip is as old as its last frame.
                 if wanted := [frame for frame in frames if self.should_send(frame, last or frame)]:
@@ -110,13 +112,13 @@ class Pipeline:
                 running -= 1
                 self.record_error(item.exception())
                 continue
-            stream = item.frame.stream
+            self.filters[stream := item.frame.stream].record(item)
             if item.outcome == "failed" and not stream.camera.is_live:
                 self.record_error(self.clients[stream.model].health.error_after(self.options.server_wait_s))
             for result in reorder_buffers[stream].add(outputs.trim(item)):
                 if self.stats[stream].record(result) and result.outcome == "failed":
                     log.warning("%s: frame %d failed: %s", stream.name(self.clients), result.frame.number, result.error)
-                if result.outcome != "dropped":  # A dropped frame was not taken from the buffer.
+                if result.outcome not in ("dropped", "unchanged"):  # These were not taken from the buffer.
                     self.buffers[stream.model].release(stream.camera)
                 outputs.write(result)
 
@@ -154,11 +156,9 @@ class Pipeline:
 def open_outputs(cameras: list[Camera], page: Output | None, options: Options, stop: Event) -> Outputs:
     """Open the outputs that were asked for. Raises OutputError if one can't be opened."""
     outputs = [page] if page else []
-    if options.jsonl is not None:
-        outputs.append(JsonLines(options.jsonl))
+    outputs += [JsonLines(options.jsonl)] if options.jsonl is not None else []
     outputs += [Video(path, camera, options.model) for path, camera in zip(options.video_paths, cameras, strict=False)]
-    if not options.quiet and options.jsonl != "-":
-        outputs.append(Terminal(options))
+    outputs += [Terminal(options)] if not options.quiet and options.jsonl != "-" else []
     if sys.stderr.isatty() and not options.loop and not any(camera.is_live for camera in cameras):
         outputs.append(Progress(cameras, len(options.model)))
     return Outputs(outputs, stop)
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     stop, interrupted = Event(), Event()
     handle_signals(stop, interrupted)
     settings = (options.fps, options.loop, options.resize, options.jpeg_quality, options.drop, timing)
-    cameras = [Camera(name, *settings) for name in options.input]
+    cameras = [Camera(name, *settings, compare=options.static_percent > 0) for name in options.input]
     if len({camera.name for camera in cameras}) < len(cameras):
         log.warning("two cameras have the same name: their results look alike")
     try:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,6 +22,8 @@ from benchmarks.results import Results
 from benchmarks.saturation import load, running
 from benchmarks.servers import Server, build_archive, other, ours, progress
 from demo.node import PROJECT
+
+Lines = list[dict[str, Any]]  # of --jsonl
 
 START_S = 1.5  # until request.py has imported its modules, and streams
 AGE_LIMIT_MS = 1000
@@ -66,8 +69,13 @@ def measure_growth(inputs: Inputs, plan: Plan, results: Results) -> None:
                     results.add("growth", {"frames": name, "resize": bool(flags), "round": number} | record)
 
 
-def stream(server: Server, sources: Sequence[Path], *flags: str, seconds: float) -> Record:
-    """Run request.py on a server for some seconds; return its summary, and the CPU and memory of both sides."""
+def stream(
+    server: Server, sources: Sequence[Path], *flags: str, seconds: float, count: Callable[[Lines], Record] | None = None
+) -> Record:
+    """Run request.py on a server for some seconds; return its summary, and the CPU and memory of both sides.
+
+    count: returns further figures, from the lines of --jsonl.
+    """
     lines = Path(tempfile.gettempdir(), f"benchmark-{os.getpid()}.jsonl")
     lines.unlink(missing_ok=True)
     command = [sys.executable, str(PROJECT / "request.py"), "--quiet", "--loop", "--url", server.url.split("/pred")[0]]
@@ -82,23 +90,27 @@ def stream(server: Server, sources: Sequence[Path], *flags: str, seconds: float)
     memory = client.memory_full_info().uss / 1e6
     client.send_signal(signal.SIGINT)
     rows = parse_summary(client.communicate(timeout=60)[1])
-    latencies = [json.loads(line)["latency_ms"] for line in lines.read_text().splitlines()]
+    results = [json.loads(line) for line in lines.read_text().splitlines()]
     lines.unlink()
     captured, answered, dropped, expired, failed = (
         sum(int(row[name]) for row in rows) for name in ("captured", "answered", "dropped", "expired", "failed")
     )
     fps = sum(float(row["FPS"]) for row in rows)
-    return {
-        "captured": captured,
-        "dropped": dropped + expired,
-        "failed": failed,
-        "fps": fps,
-        "mean_batch": max(float(row["batch"]) for row in rows) if server.folder else 1.0,
-        "client_ms": 1000 * cores / (fps * captured / answered),
-        "client_mb": memory,
-        "server_ms": 1000 * (server.cpu_s() - cpu_s) / answered,
-        "server_mb": server.memory_mb(),
-    } | latency_fields(latency for latency in latencies if latency is not None)
+    return (
+        (count(results) if count else {})
+        | {
+            "captured": captured,
+            "dropped": dropped + expired,
+            "failed": failed,
+            "fps": fps,
+            "mean_batch": max(float(row["batch"]) for row in rows) if server.folder else 1.0,
+            "client_ms": 1000 * cores / (fps * captured / answered),
+            "client_mb": memory,
+            "server_ms": 1000 * (server.cpu_s() - cpu_s) / answered,
+            "server_mb": server.memory_mb(),
+        }
+        | latency_fields(line["latency_ms"] for line in results if line["latency_ms"] is not None)
+    )
 
 
 def parse_summary(text: str) -> list[dict[str, str]]:

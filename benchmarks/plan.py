@@ -6,6 +6,7 @@ On a machine with 2 cores (`python -m benchmarks.plan` prints this sum):
     live         6 min   9 rows × 3 rounds × 10 s, and 3 servers
     growth       2 min   6 rows × 2 rounds ×  7 s, and 1 server
     settings     4 min   8 rows ×           10 s, 4 × 10 s with cameras, and 6 servers
+    static       3 min   3 rows × 2 rounds × 23 s, and 1 server
 """
 
 import os
@@ -54,6 +55,11 @@ if BF16 in FLAGS:
 # The heights of the frames: the sample clip as it is, and enlarged.
 FRAME_SIZES = {"640×480": None, "1280×720": 720, "1920×1080": 1080}
 
+# Cameras of STATIC_FPS frames a second whose scene moves for a tenth of the time: as many as one worker answers, and
+# six times as many.
+STATIC_FPS, STATIC_CLIP_S, MOVING_SHARE = 5, 30, 0.1  # No clip is repeated.
+STATIC: tuple[tuple[int, bool], ...] = ((5, False), (30, False), (30, True))  # cameras, --skip-static
+
 # Requests in flight, of single frames and of JSON batches: request.py's defaults.
 SINGLE_IN_FLIGHT, JSON_IN_FLIGHT = 16, 4
 MANY_IN_FLIGHT = 64  # enough to fill the largest batch of every worker
@@ -92,11 +98,13 @@ class Plan:
 
     rounds: int = 3
     growth_rounds: int = 2
+    static_rounds: int = 2
     saturation_s: float = 30.0
     in_process_s: float = 6.0  # without a server there is no warm-up, and little spread
     live_s: float = 8.0  # 3 rounds of one camera are 600 frames: enough for a p99
     growth_s: float = 5.0
     settings_s: float = 8.0
+    static_s: float = 20.0
     warm_up_s: float = 1.0  # of a server that has just been resumed
     # Java's compilers are busy at first: the quick one for seconds, the thorough one, which only the original example
     # has, for a minute or so.
@@ -107,7 +115,17 @@ class Plan:
 FULL = Plan()
 # For trying the benchmark: its figures mean nothing.
 QUICK = Plan(
-    1, 1, saturation_s=3, in_process_s=2, live_s=3, growth_s=2, settings_s=2, start_warm_up_s=1, thorough_warm_up_s=2
+    1,
+    1,
+    1,
+    static_s=3,
+    saturation_s=3,
+    in_process_s=2,
+    live_s=3,
+    growth_s=2,
+    settings_s=2,
+    start_warm_up_s=1,
+    thorough_warm_up_s=2,
 )
 
 # Seconds, measured on 2 cores: to build an archive, to start and to stop a server, to start and to stop request.py, to
@@ -136,7 +154,9 @@ def expected_s(plan: Plan) -> dict[str, float]:
     settings = len(TRIALS) * server_s + sum(len(trial.in_flight) for trial in TRIALS) * (plan.settings_s + row_s)
     settings += sum(len(trial.cameras) for trial in TRIALS) * stream_s
     settings += sum(plan.thorough_warm_up_s for trial in TRIALS if trial.has_all_compilers)
-    return {"saturation": saturation, "live": live, "growth": growth, "settings": settings}
+
+    static = server_s + CLIPS_S + plan.static_rounds * len(STATIC) * (plan.static_s + CLIENT_S)
+    return {"saturation": saturation, "live": live, "growth": growth, "settings": settings, "static": static}
 
 
 def describe(parts: Mapping[str, float]) -> str:

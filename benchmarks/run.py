@@ -23,6 +23,7 @@ from benchmarks.results import Results
 from benchmarks.saturation import measure_saturation
 from benchmarks.servers import progress
 from benchmarks.settings import measure_settings
+from benchmarks.static import measure_static
 
 HERE = Path(__file__).resolve().parent
 PARTS = {
@@ -30,6 +31,7 @@ PARTS = {
     "live": measure_live,
     "growth": measure_growth,
     "settings": measure_settings,
+    "static": measure_static,
 }
 
 

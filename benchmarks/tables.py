@@ -161,6 +161,21 @@ def growth_table(records: Records) -> str:
     return table(header, lines)
 
 
+def static_table(records: Records) -> str:
+    header = [f"{records[0]['instruction_sets']}: cameras of 5 fps", "captured frames", "sent frames"]
+    header += ["frames with movement", "of them answered %", "p50 ms", "client, CPU ms a captured frame"]
+    header += ["comparison, CPU ms a frame of 1080p"]
+    lines = []
+    for cameras, skips in dict.fromkeys((record["cameras"], record["skips"]) for record in records):
+        rounds = matching(records, cameras=cameras, skips=skips)
+        cells = [str(sum(values(rounds, column))) for column in ("captured", "sent", "moving")]
+        cells.append(spread([100 * record["moving_answered"] / record["moving"] for record in rounds], 1))
+        cells += [spread(values(rounds, "p50_ms")), spread(values(rounds, "client_ms"), 1)]
+        cells.append(spread(values(rounds, "compare_ms"), 2) if skips else "-")
+        lines.append([f"{cameras}, --skip-static" if skips else str(cameras), *cells])
+    return table(header, lines)
+
+
 def settings_table(records: Records) -> str:
     header = [f"{records[0]['instruction_sets']}: setting", "in flight", "requests", "frames/s", "p50 ms", "p95 ms"]
     header += ["server's CPU, ms a frame", "in its first seconds"]

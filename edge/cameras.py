@@ -9,6 +9,8 @@ from typing import Any, Literal
 import cv2
 
 from edge import sources
+from edge.changes import small_image
+from edge.content import ContentCheck
 from edge.errors import SourceError
 from edge.files import MAX_FAILED_READS, play, shown_fps, still_images
 from edge.frames import DropPolicy, Frame, Image
@@ -16,8 +18,9 @@ from edge.live import LiveSource
 from edge.probe import no_frames_problem
 from edge.timing import Timing
 
-# Of a camera: no frame yet; frames come; lost, until it is back; no more frames will come; it can't be read.
-State = Literal["waiting", "live", "lost", "ended", "failed"]
+# Of a camera: no frame yet; frames come; all are the same; all are black; lost, until it is back; no more frames will
+# come; it can't be read.
+State = Literal["waiting", "live", "frozen", "black", "lost", "ended", "failed"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class Camera:
         jpeg_quality: 1 to 100.
         drop: which frame is dropped if more wait than may; "none": the camera waits. None: "oldest" of a live source,
             "none" of a file.
+        compare: whether its frames have a small image, to compare them.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Camera:
         jpeg_quality: int = 95,
         drop: DropPolicy | None = None,
         timing: Timing | None = None,
+        compare: bool = False,
     ) -> None:
         self.source = source
         self.name = sources.redact(source)  # as it may be shown
@@ -57,6 +62,8 @@ class Camera:
         self.timing = timing or Timing()
         self._resize = resize
         self._jpeg_quality = jpeg_quality
+        self._compare = compare
+        self._content = ContentCheck(self.name, self.timing)
         self.drop = drop
         self.state: State = "waiting"
         self.problem = ""  # why it was lost, or can't be read
@@ -112,16 +119,23 @@ class Camera:
         """
         try:
             for number, image in enumerate(self._images(stop), start=1):
-                jpeg = b"" if image.pixels is None else self.encode(image.pixels)
-                frame = Frame(self, number, image.captured_at, jpeg, image.position_s)
-                self.state = "live"
-                if jpeg:
+                frame = self._frame(number, image)
+                if frame.jpeg:
                     self.last_frame = frame
+                self.state = self._content.check(frame, image.pixels) if self.is_live else "live"
                 yield frame
             self.state = "ended"
         except SourceError as error:
             self.state, self.problem = "failed", str(error)
             raise
+
+    def _frame(self, number: int, image: Image) -> Frame:
+        is_first = self.state in ("waiting", "lost")
+        if image.pixels is None:
+            return Frame(self, number, image.captured_at, b"", image.position_s, is_first=is_first)
+        small = small_image(image.pixels) if self._compare else None
+        jpeg = self.encode(image.pixels)
+        return Frame(self, number, image.captured_at, jpeg, image.position_s, is_first=is_first, small=small)
 
     def video_fps(self) -> float:
         """Return the rate of an annotated video: the stated one, unless the frames of a file come at other times."""

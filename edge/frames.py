@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from edge.cameras import Camera
 
 DropPolicy = Literal["oldest", "newest", "none"]
-Outcome = Literal["answered", "failed", "dropped", "expired"]
+Outcome = Literal["answered", "failed", "dropped", "expired", "unchanged"]
 # label -> probability; of pose estimation a list of persons: score, box and keypoints in pixels of the frame
 Prediction = dict[str, float] | list[dict[str, Any]]
 
@@ -46,6 +46,8 @@ class Frame:
     captured_at: when it was read from a file, or arrived from a live source, time.monotonic() seconds.
     position_s: where it is in its file, in seconds; None for a live source.
     jpeg: empty if it is not to be sent.
+    is_first: of a camera that was not there, or was lost.
+    small: a small grey image, to compare it with other frames; None if they are not compared.
     model, order: the model it is for, and its number from 1 in this stream. A model may get fewer frames than are read.
     """
 
@@ -56,6 +58,8 @@ class Frame:
     position_s: float | None = None
     model: str = ""
     order: int = 0
+    is_first: bool = False
+    small: Any = None
 
     @property
     def stream(self) -> Stream:
@@ -72,7 +76,7 @@ class Result:
     """The outcome of a frame. It gets one of each model that it is for.
 
     predictions, latency_s: of an answered frame; latency_s is the time from capture to response.
-    error: of any other frame, the reason, with the HTTP status if there was one.
+    error: of any other frame, the reason, with the HTTP status if there was one; None if the frame is unchanged.
     batch_size: the number of frames in the forward pass, if the server states it.
     """
 
@@ -88,9 +92,9 @@ class Result:
         return cls(frame, "failed", error=error)
 
     @classmethod
-    def not_sent(cls, frame: Frame, outcome: Outcome, error: str) -> Result:
+    def not_sent(cls, frame: Frame, outcome: Outcome, error: str | None = None) -> Result:
         return cls(frame, outcome, error=error).without_image()
 
     def without_image(self) -> Result:
-        """Return the result without the frame's JPEG, which takes memory while the result waits."""
-        return replace(self, frame=replace(self.frame, jpeg=b""))
+        """Return the result without the frame's images, which take memory while the result waits."""
+        return replace(self, frame=replace(self.frame, jpeg=b"", small=None))

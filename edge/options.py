@@ -27,7 +27,7 @@ DEFAULT_MODEL = "resnet-18"
 
 @dataclass(frozen=True)
 class Options:
-    """The flags. max_age_s and fps may be math.inf."""
+    """The flags. max_age_s and fps may be math.inf; static_percent is 0.0 if it is off."""
 
     client_batching: bool
     batch_size: int
@@ -36,6 +36,7 @@ class Options:
     fps: float | None
     drop: DropPolicy | None
     max_age_s: float
+    static_percent: float
     resize: int | None
     jpeg_quality: int
     require_cameras: bool
@@ -98,6 +99,10 @@ def new_parser() -> argparse.ArgumentParser:
     add("--drop", choices=["oldest", "newest", "none"], help=f"{text} (default: oldest of live sources, none of files)")
     text = "do not send frames that are older than this (default: no limit)"
     add("--max-age", dest="max_age_s", type=milliseconds, default=math.inf, metavar="MS", help=text)
+    text = "do not send frames of which less than PERCENT %% changed since the last one that was sent, but one in 10 s"
+    text += " (default: off; without a value %(const)g)"
+    dest = "static_percent"
+    add("--skip-static", nargs="?", const=0.5, type=PERCENT, default=0.0, dest=dest, metavar="PERCENT", help=text)
     add("--resize", type=WHOLE, metavar="N", help="shrink frames to a short edge of N pixels before they are sent")
     add("--jpeg-quality", type=QUALITY, default=95, metavar="N", help="1 to 100 (default: %(default)s)")
     text = "end at once if a live source can't be opened at the start (default: retry until it can)"
@@ -175,6 +180,7 @@ def number(expected: str, least: float, most: float, convert: Callable[[str], fl
     return parse
 
 
+PERCENT = number("a percentage from 0.01 to 100", 0.01, 100)
 WHOLE = number("a whole number from 1", 1, sys.maxsize, int)
 QUALITY = number("1 to 100", 1, 100, int)
 SECONDS = number("seconds", 0, sys.float_info.max)

@@ -84,10 +84,11 @@ class LastMinute:
     def figures(self, now: float) -> dict[str, Any]:
         """Return answered frames a second and the share of lost ones in the last 10 s, and latencies in milliseconds.
 
+        Unchanged frames are not lost, and count for nothing: of the others, the share that was lost says how it goes.
         "seconds" has the p50 and p99 of each of the last 60 seconds, the latest last; None without a response.
         """
         results = self._results.copy()
-        recent = [outcome for at, outcome, _ in results if at > now - RATE_WINDOW_S]
+        recent = [outcome for at, outcome, _ in results if at > now - RATE_WINDOW_S and outcome != "unchanged"]
         lost = recent.count("dropped") + recent.count("expired")
         fps = recent.count("answered") / min(RATE_WINDOW_S, max(1.0, now - self._begin))
         seconds: list[list[float]] = [[] for _ in range(MINUTE_S)]
@@ -112,10 +113,10 @@ def percentile(values: list[float], percent: float) -> float | None:
 
 @dataclass
 class CameraStats:
-    """The counts of one stream. At the end captured = answered + failed + dropped + expired.
+    """The counts of one stream. At the end captured = answered + failed + dropped + expired + unchanged.
 
     captured: counted by the reader thread; all else by the main thread, when it writes a result.
-    causes: the frames that were not answered, by (outcome, error).
+    causes: the frames that were not answered though they changed, by (outcome, error).
     batch_sizes: answered frames by the number of frames in their forward pass.
     """
 

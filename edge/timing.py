@@ -34,6 +34,7 @@ class Timing:
     max_lag_s: float = 0.25  # Live frames that waited longer, while newer ones were there, are dropped.
     max_lag_time_s: float = 5.0  # Then a decoder that is slower than its camera gets more threads.
     report_s: float = 60.0  # More than two losses in this time are reported by one line.
+    frozen_s: float = 10.0  # of equal or black frames: a sensor's noise differs from frame to frame
     probe_s: float = 60.0  # to read a file once more, at full speed
     first_reconnect_s: float = 0.5  # A camera that dropped a connection accepts the next one.
     max_reconnect_s: float = 3.0  # so that a camera that is back is found within 3 s

@@ -4,11 +4,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
 from edge.cameras import Camera
 from edge.client import TorchServeClient
+from edge.content import PROBLEMS
 from edge.drawing import MAX_AGE_S, draw_jpeg, labels_of
 from edge.frames import Frame, Result, Stream
 from edge.outputs import Output
@@ -24,7 +26,8 @@ class CameraView:
     """The annotated images of one camera, drawn on request.
 
     An image shows the last frame that a model has responded to, with the latest predictions of all models; if the
-    responses are more than MAX_AGE_S behind the camera, the last frame that was read.
+    responses are more than MAX_AGE_S behind the camera, the last frame that was read. Of an unchanged frame the
+    prediction is that of the frame before it.
     """
 
     def __init__(self, camera: Camera, models: Sequence[str], executor: ThreadPoolExecutor) -> None:
@@ -44,6 +47,8 @@ class CameraView:
             self.results[result.frame.model] = result.without_image()
             if result.frame.jpeg and (self._frame is None or result.frame.number > self._frame.number):
                 self._frame = result.frame
+        elif result.outcome == "unchanged" and (before := self.results[result.frame.model]):
+            self.results[result.frame.model] = replace(before, frame=result.frame)
 
     def image(self) -> bytes:
         """Return the latest image as JPEG, b"" if there was no frame yet. Any thread may call it.
@@ -100,7 +105,7 @@ class LiveView(Output):
             state = "stalled"
         elif state == "live" and any(map(is_slow, models)):
             state = "slow"
-        problem = camera.problem if state in ("lost", "failed") else ""
+        problem = camera.problem if state in ("lost", "failed") else PROBLEMS.get(state, "")
         return {"name": camera.name, "state": state, "problem": problem, "frame_age_s": age_s, "models": models}
 
     def _model(self, stream: Stream, view: CameraView, now: float) -> dict[str, Any]:

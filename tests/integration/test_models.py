@@ -17,7 +17,7 @@ from edge.payload import MAX_BODY_BYTES
 from tests.support.client import frames, new_client
 from tests.support.fake_server import FakeServer
 from tests.support.frames import Pixels, frames_of, jpeg, small, write_video
-from tests.support.scripts import json_lines, run, summary
+from tests.support.scripts import OUTCOMES, json_lines, run, summary
 
 MODELS = ["efficientnet-lite0", "keypointrcnn-resnet50-fpn", "r3d-18"]
 THREE = [flag for model in MODELS for flag in ("--model", model)]
@@ -50,7 +50,7 @@ def test_three_models_on_two_cameras_count_every_frame(tasks_node: Node, two_cli
     for row in rows.values():
         stream = [line for line in lines if (line["camera"], line["model"]) == (row["camera"], row["model"])]
         outcomes = [line["outcome"] for line in stream]
-        for outcome in ("answered", "failed", "dropped", "expired"):
+        for outcome in OUTCOMES:
             assert outcomes.count(outcome) == int(row[outcome])
         predictions = [line["predictions"] for line in stream if line["outcome"] == "answered"]
         assert all(isinstance(each, list if "keypoint" in row["model"] else dict) for each in predictions)

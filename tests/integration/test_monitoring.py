@@ -22,7 +22,7 @@ from tests.support.mjpeg_camera import mjpeg_camera
 from tests.support.monitoring import ALERT_TESTS, MONITORING, QUERIES, RULES, VARIABLES
 from tests.support.nodes import post
 from tests.support.programs import needs
-from tests.support.scripts import MODEL, json_lines, running, wait_until
+from tests.support.scripts import MODEL, OUTCOMES, json_lines, running, wait_until
 
 # On a machine that is busy with something else these are right when they become active.
 ALERTS_OF_SLOWNESS = {"AnswersLate", "RequestsQueue"}
@@ -167,10 +167,7 @@ def test_prometheus_sees_what_happens(node: Node, clip: list[Pixels], tmp_path: 
                     "handler_frames_decoded_total": outcomes["answered"] + 1,  # and request.py's test image
                     "handler_frames_per_pass_sum": outcomes["answered"] + 1,
                     "handler_refused_total": 1,
-                } | {
-                    f'camera_frames_total{{outcome="{outcome}"}}': outcomes[outcome]
-                    for outcome in ("answered", "failed", "dropped", "expired")
-                }
+                } | {f'camera_frames_total{{outcome="{outcome}"}}': outcomes[outcome] for outcome in OUTCOMES}
                 found = {metric: watching.total(metric) - before.get(metric, 0) for metric in true}
                 return {metric: (found[metric], true[metric]) for metric in true if found[metric] != true[metric]}
 

@@ -20,9 +20,10 @@ from benchmarks.figures import (
 )
 from benchmarks.live import parse_summary
 from benchmarks.machine import instruction_sets
-from benchmarks.plan import FP32, FULL, LIVE, ORIGINAL, expected_s
+from benchmarks.plan import FP32, FULL, LIVE, MOVING_SHARE, ORIGINAL, STATIC, expected_s
 from benchmarks.results import Results
-from benchmarks.tables import full_load_targets, saturation_table
+from benchmarks.static import FRAMES, MOVING_FRAMES, count_movement, first_of
+from benchmarks.tables import full_load_targets, saturation_table, static_table
 
 # Four requests in flight, each of 0.9 s: bursts of four responses.
 BURSTS = [Request(0.9 * burst, 0.9 * (burst + 1)) for burst in range(50) for _ in range(4)]
@@ -103,6 +104,30 @@ def test_ratios_are_those_of_each_round() -> None:
     text, _, measured, requests = full_load_targets(ours + theirs)[0]
     assert (text, measured) == ("fp32, single frames: of the original example", "2.50 (2.00–3.00)")
     assert requests == "30 : 60"
+
+
+def test_frames_with_movement_are_those_of_each_cameras_own_tenth() -> None:
+    """Of whole clips; the first camera answers all frames, the others none."""
+    most = max(cameras for cameras, _ in STATIC)
+    lines = [
+        {"camera": f"/clips/{camera}.avi", "frame": frame, "outcome": "answered" if camera == 0 else "unchanged"}
+        for camera in range(most)
+        for frame in range(1, FRAMES + 1)
+    ]
+    found = count_movement(lines)
+    assert found == {"sent": FRAMES, "moving": MOVING_FRAMES * most, "moving_answered": MOVING_FRAMES}
+    assert found["moving"] == pytest.approx(MOVING_SHARE * len(lines))
+    assert len({first_of(camera / most) for camera in range(most)}) == most
+
+
+def test_share_of_movement_is_that_of_each_round() -> None:
+    head = {"instruction_sets": "avx2", "cameras": 30, "skips": True, "captured": 100, "sent": 12, "moving": 10}
+    rounds = [head | {"moving_answered": each, "client_ms": 1.0, "compare_ms": 0.4} for each in (9, 10)]
+    row = static_table([each | latency_fields([20.0] * 12) for each in rounds]).splitlines()[-1]
+    assert (
+        row
+        == "| 30, --skip-static | 200 | 24 | 20 | 95.0 (90.0–100.0) | 20 (20–20) | 1.0 (1.0–1.0) | 0.40 (0.40–0.40) |"
+    )
 
 
 def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path: Path) -> None:

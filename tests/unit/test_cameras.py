@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,13 @@ def test_state_of_a_file(short_clip: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         next(missing.frames(threading.Event()))
     assert (missing.state, missing.problem[:14]) == ("failed", "no such file: ")
+
+
+def test_first_frame_after_a_loss_is_marked(monkeypatch: pytest.MonkeyPatch, stop: threading.Event) -> None:
+    """--skip-static sends it, whatever it shows."""
+    monkeypatch.setattr("cv2.VideoCapture", Capture)
+    camera = Camera("0", timing=SHORT_PAUSES, compare=True)
+    frames = list(islice(camera.frames(stop), 7))
+    assert [frame.is_first for frame in frames] == [True, False, False, True, False, False, True]
+    assert all(frame.small is not None and frame.small.shape == (4, 6) for frame in frames)
+    assert next(Camera("0", timing=SHORT_PAUSES).frames(stop)).small is None

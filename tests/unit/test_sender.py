@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+import numpy as np
 import pytest
 
 from edge.cameras import Camera
@@ -231,3 +232,46 @@ def test_a_source_that_cannot_be_read_is_reported_once_and_the_others_go_on(
     assert caplog.messages.count("no such file") == 1
     assert [result.frame.number for result in recorder.results] == list(range(1, 201))
     assert "a.mp4" in capsys.readouterr().err
+
+
+class Responding(Client):
+    """A client whose server answers at once."""
+
+    def submit(self, frames: list[Frame], on_result: Callable[[Result], None]) -> None:
+        super().submit(frames, on_result)
+        for frame in frames:
+            on_result(Result(frame, "answered", {}, latency_s=0.0))
+
+
+class Scenes(Camera):
+    """A camera of 5 frames a second whose even grey changes with every tenth frame."""
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:  # noqa: ARG002
+        for number in range(1, 101):
+            small = np.full((72, 128), 100 + 100 * (number // 10 % 2), np.float32)
+            yield Frame(self, number, 0.0, b"jpeg", position_s=number / 5, small=small)
+
+
+@pytest.mark.parametrize(("clip_frames", "sent_frames"), [(1, 11), (4, 41)])
+def test_unchanged_frames_take_no_place_and_have_their_outcome(
+    monkeypatch: pytest.MonkeyPatch, stop: threading.Event, clip_frames: int, sent_frames: int
+) -> None:
+    """Also with a reorder window that is smaller than the number of unchanged frames."""
+    camera = Scenes("0", drop="none")
+    client = Responding(clip_frames, max_in_flight=1, info=ModelInfo(clip_frames=clip_frames))
+    pipeline = new_pipeline([camera], client, parse_args(["--skip-static"]), stop, Timing())
+    written: list[Result] = []
+    output = Output()
+    monkeypatch.setattr(output, "write", written.append)
+    assert pipeline.run(Outputs([output], stop)) == 0
+    assert [each.frame.number for each in written] == list(range(1, 101))
+    numbers = [each.frame.number for each in written if each.outcome == "answered"]
+    assert len(numbers) == sent_frames
+    assert {1, *range(10, 101, 10)} <= set(numbers)
+    assert [number for request in client.requests for number in request] == numbers
+    if clip_frames > 1:
+        assert all(request == list(range(request[0], request[0] + clip_frames)) for request in client.requests[:-1])
+    counts = pipeline.stats[Stream(camera, MODEL)]
+    assert counts.captured == counts.outcomes["answered"] + counts.outcomes["unchanged"] == 100
+    assert not counts.causes
+    assert all(each.frame.small is None for each in written)

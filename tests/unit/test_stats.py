@@ -45,8 +45,8 @@ def test_counts_add_up_and_need_no_more_memory_with_time() -> None:
     assert stats.fps() == pytest.approx(500 / (99.9 - 0.1 + 0.1))
     streams = {Stream(FILE, "resnet-18"): stats, Stream(LIVE, "resnet-18"): CameraStats()}
     lines = summary(streams).splitlines()
-    assert lines[1].split() == f"{CLIP} resnet-18 1000 500 500 0 0 5.0 100 100 100 100 4.0".split()
-    assert lines[2].split() == ["rtsp://cam/live?channel=1", "resnet-18", *"00000", "0.0", *"-----"]
+    assert lines[1].split() == f"{CLIP} resnet-18 1000 500 500 0 0 0 5.0 100 100 100 100 4.0".split()
+    assert lines[2].split() == ["rtsp://cam/live?channel=1", "resnet-18", *"000000", "0.0", *"-----"]
     assert f"{CLIP}: 480 failed: other reasons" in lines
 
 
@@ -60,21 +60,26 @@ def test_only_the_first_error_of_its_kind_is_new() -> None:
 
 
 def test_summary_has_a_line_for_each_camera_and_the_most_frequent_causes_first() -> None:
-    file, live = CameraStats(captured=5), CameraStats(captured=1)
+    file, live = CameraStats(captured=7), CameraStats(captured=1)
     for number, error in enumerate(("503 busy", "500 no worker", "503 busy"), start=1):
         file.record(Result.failed(Frame(FILE, number, 0.0, b""), error))
     file.record(result(4, at=0.4))
     file.record(dropped(5))
+    for number in (6, 7):
+        file.record(Result.not_sent(Frame(FILE, number, 0.5, b""), "unchanged"))
     live.record(Result.not_sent(Frame(LIVE, 1, 0.0, b""), "expired", "older than 300 ms"))
     stats = {Stream(FILE, "resnet-18"): file, Stream(LIVE, "resnet-18"): live}
     width = max(len(stream.camera.name) for stream in stats)
     assert summary(stats).splitlines() == [
         "camera".ljust(width)
-        + "  model      captured  answered  failed  dropped  expired  FPS  p50 ms  p95 ms  p99 ms  max ms  batch",
+        + "  model      captured  answered  failed  dropped  expired  unchanged"
+        + "  FPS  p50 ms  p95 ms  p99 ms  max ms  batch",
         FILE.name.ljust(width)
-        + "  resnet-18         5         1       3        1        0  2.0     100     100     100     100    4.0",
+        + "  resnet-18         7         1       3        1        0          2"
+        + "  2.0     100     100     100     100    4.0",
         LIVE.name.ljust(width)
-        + "  resnet-18         1         0       0        0        1  0.0       -       -       -       -      -",
+        + "  resnet-18         1         0       0        0        1          0"
+        + "  0.0       -       -       -       -      -",
         f"{FILE.name}: 2 failed: 503 busy",
         f"{FILE.name}: 1 failed: 500 no worker",
         f"{FILE.name}: 1 dropped: buffer full",
@@ -115,6 +120,15 @@ def test_last_minute_has_the_latencies_of_each_second() -> None:
     assert figures["last_10_s"] == {"fps": 0.0, "lost_share": 0.0}
     assert figures["last_minute"]["seconds"] == [[40.0, 100.0]] * 30 + [[None, None]] * 30
     assert minute.figures(now=1000.0)["last_minute"] == nothing
+
+
+def test_share_of_lost_frames_is_that_of_the_frames_that_changed() -> None:
+    minute, frame = LastMinute(), Frame(FILE, 1, 0.0, b"")
+    for number in range(90):
+        minute.add(Result.not_sent(frame, "unchanged"), now=100.0 + number / 10)
+    minute.add(dropped(91), now=109.0)
+    minute.add(result(92), now=109.1)
+    assert minute.figures(109.1)["last_10_s"]["lost_share"] == 0.5
 
 
 def test_rate_of_the_first_seconds_is_not_that_of_ten_seconds() -> None:

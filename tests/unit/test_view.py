@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from edge import view
-from edge.cameras import Camera
+from edge.cameras import Camera, State
+from edge.content import PROBLEMS
 from edge.drawing import MAX_AGE_S
 from edge.frames import Frame, Result, Stream
 from edge.session import ServerHealth
@@ -246,6 +247,35 @@ def test_camera_is_slow_while_the_server_is_silent(camera: Camera, live: LiveVie
         assert figures["state"] == ("slow" if lag_s > MAX_LAG_S + 0.01 else "live")
         assert figures["models"][0]["waiting"] == max(0, number - 20)
         clock.now += 0.1
+
+
+def test_predictions_hold_while_the_frames_are_unchanged(
+    camera: Camera, live: LiveView, drawn: Drawn, clock: Clock
+) -> None:
+    """The image is that of the camera, and the predictions do not age."""
+    counts = live._stats[Stream(camera, MODEL)]
+    camera.state = "live"
+    for number in range(1, 101):  # 12 s of 8 frames a second
+        counts.captured += 1
+        capture(camera, number, clock.now)
+        answered = result(number, camera, at=clock.now)
+        each = answered if number == 1 else Result.not_sent(answered.frame, "unchanged")
+        counts.record(each)
+        live.write(each)
+        live.cameras[camera].image()
+        clock.now += STEP_S
+    figures = live.figures()["cameras"][0]
+    assert (figures["state"], figures["models"][0]["labels"]) == ("live", ["cat 0.75", "dog 0.25"])
+    assert figures["models"][0]["lag_s"] == 0.0
+    assert figures["models"][0]["unchanged"] == 99
+    assert drawn[-1] == (100, {MODEL: 100})
+
+
+@pytest.mark.parametrize("state", ["frozen", "black"])
+def test_camera_that_shows_nothing_says_so(camera: Camera, live: LiveView, state: State) -> None:
+    camera.state, camera.problem = state, "the reason of an earlier loss"
+    figures = live.figures()["cameras"][0]
+    assert (figures["state"], figures["problem"]) == (state, PROBLEMS[state])
 
 
 def test_camera_of_few_frames_is_not_slow(camera: Camera, live: LiveView, clock: Clock) -> None:

@@ -1,0 +1,68 @@
+"""Reports a live camera that sends frames, but shows nothing: the same image all the time, or black."""
+
+import logging
+import math
+from typing import Any, Literal
+
+import cv2
+
+from edge.frames import Frame
+from edge.timing import Timing
+
+Content = Literal["live", "frozen", "black"]
+PROBLEMS: dict[str, str] = {"frozen": "all its frames are the same", "black": "its frames are black"}
+
+TEST_INTERVAL_S = 1.0  # of black: averaging all pixels takes 1 to 2 ms
+CELLS = (64, 36)  # The mean of a cell has no noise, and a single lamp at night fills one.
+BLACK_LEVEL = 24  # of 255: a video's black may be 16, and the noise of a covered lens some levels more
+
+log = logging.getLogger(__name__)
+
+
+class ContentCheck:
+    """Notices that a camera has been frozen or black for `timing.frozen_s` seconds.
+
+    It reports one of them in `timing.report_s` seconds at most, and the end of what was reported.
+    """
+
+    def __init__(self, name: str, timing: Timing) -> None:
+        self._name, self._timing = name, timing
+        self._jpeg = b""
+        self._same_since = self._black_since = self._shows_nothing_since = math.inf
+        self._tested_at = self._reported_at = -math.inf
+        self._is_reported = False
+        self._state: Content = "live"
+
+    def check(self, frame: Frame, pixels: Any) -> Content:
+        """Return what the camera shows. pixels: (height, width, 3) uint8 BGR, those of the frame; None: not decoded."""
+        if pixels is None:
+            return self._state
+        now = frame.captured_at
+        # Equal pixels have equal JPEGs, which are compared faster.
+        self._same_since = min(self._same_since, now) if frame.jpeg == self._jpeg else now
+        self._jpeg = frame.jpeg
+        if now - self._tested_at >= TEST_INTERVAL_S:
+            self._tested_at = now
+            self._black_since = min(self._black_since, now) if is_black(pixels) else math.inf
+        since = min(self._same_since, self._black_since)
+        if now - since < self._timing.frozen_s:
+            self._state = "live"
+        else:
+            self._shows_nothing_since = since
+            self._state = "frozen" if self._black_since == math.inf else "black"
+        self._report(now)
+        return self._state
+
+    def _report(self, now: float) -> None:
+        if self._state == "live" and self._is_reported:
+            self._is_reported = False
+            log.warning("%s: the camera is live again after %.1f s", self._name, now - self._shows_nothing_since)
+        elif self._state != "live" and not self._is_reported and now - self._reported_at >= self._timing.report_s:
+            self._is_reported, self._reported_at = True, now
+            text = f"{PROBLEMS[self._state]} for {now - self._shows_nothing_since:.0f} s"
+            log.warning("%s: the camera is %s, %s", self._name, self._state, text)
+
+
+def is_black(pixels: Any) -> bool:
+    """Return whether an image, (height, width, 3) uint8 BGR, shows nothing at all."""
+    return bool(cv2.resize(pixels, CELLS, interpolation=cv2.INTER_AREA).max() < BLACK_LEVEL)
