@@ -31,7 +31,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/bench  ## benchmarks/README.md anew; 35 minutes on 2 cores, and 12 GB of memory
+bench: .venv/bench  ## benchmarks/README.md anew; 42 minutes on 2 cores, and 12 GB of memory
 	$(BIN)/python -m benchmarks.run
 
 soak: .venv/dev  ## four cameras and a fault every 20 seconds: make soak MINUTES=10
