@@ -1,7 +1,7 @@
 """Build the archive that TorchServe serves: weights, labels, preprocessing, handler.py and server/ in one file.
 
-Writes model_store/<model>.mar in the current directory. Exit codes: 0 written, 1 an input is wrong or the archive
-can't be written, 2 wrong usage, 3 the weights can't be downloaded, 130 interrupted.
+Writes model_store/<model>.mar in the current directory. Exit codes: 0 written, 1 an input is wrong, int8 is not exact
+enough or the archive can't be written, 2 wrong usage, 3 the weights can't be downloaded, 130 interrupted.
 """
 
 import argparse
@@ -21,12 +21,14 @@ try:
     import torch
     import yaml
 
+    from archive.conversion import MIN_AGREEMENT, convert, quantize
     from archive.downloads import TRAINED, trained_weights
     from archive.errors import ArchiveError
     from archive.labels import read_labels, trained_labels
     from archive.weights import network_of, outputs
     from server.images import MAX_PIXELS
-    from server.models import MODELS, has_bf16
+    from server.models import MODELS
+    from server.runtime import has_bf16
     from server.tasks import TASKS
 except ImportError as error:
     sys.exit(f"create_mar_file.py: {error}: install the packages of a server, pip install '<project folder>[server]'")
@@ -117,7 +119,10 @@ def save_network(network: Any, path: Path) -> Path:
     if not isinstance(network, torch.nn.Module):
         import openvino
 
-        openvino.save_model(network, path.with_suffix(".xml"), compress_to_fp16=False)
+        try:
+            openvino.save_model(network, path.with_suffix(".xml"), compress_to_fp16=False)
+        except RuntimeError as error:
+            raise ArchiveError(f"OpenVINO can't write the archive into model_store: {error}") from error
         return path.with_suffix(".xml")
     with io.BytesIO() as file:  # With a file of its own torch hides why it can't write.
         torch.save(network.state_dict(), file)
@@ -130,20 +135,19 @@ def converted(network: torch.nn.Module, labels: list[str], handler: Any, args: a
     if args.runtime == "pytorch":
         return network
     try:
-        from archive.conversion import convert, quantize
-
         task = TASKS[MODELS[args.model].task](handler, labels)
         model = convert(network, task, handler["preprocessing"])
         if args.precision != "int8":
             return model
         quantized, agreement = quantize(model, task, args.calibrate, handler["min_edge"])
     except ImportError as error:
-        raise ArchiveError(
-            f"{error}: install what it needs, pip install '<project folder>[server,openvino]'"
-        ) from error
+        advice = "install what it needs, pip install '<project folder>[server,openvino]'"
+        raise ArchiveError(f"{error}: {advice}") from error
+    except RuntimeError as error:
+        raise ArchiveError(f"OpenVINO can't convert {args.model} with these weights: {error}") from error
     if not agreement.is_good and not args.force:
         advice = "calibrate with more videos of your cameras, use another precision, or write it with --force"
-        raise ArchiveError(f"{agreement}; expected 95 % of the labels: {advice}")
+        raise ArchiveError(f"{agreement}; expected the same label for {100 * MIN_AGREEMENT:.0f} %: {advice}")
     print(agreement)
     return quantized
 
@@ -152,8 +156,8 @@ def new_parser() -> argparse.ArgumentParser:
     """Return the table of flags."""
     parser = argparse.ArgumentParser(
         description="Build model_store/<model>.mar in the current directory.",
-        epilog="exit codes: 0 written; 1 an input is wrong or the archive can't be written; 2 wrong usage; "
-        "3 the weights can't be downloaded; 130 interrupted",
+        epilog="exit codes: 0 written; 1 an input is wrong, int8 is not exact enough or the archive can't be written; "
+        "2 wrong usage; 3 the weights can't be downloaded; 130 interrupted",
     )
     add = parser.add_argument
     text = "the archive for requests that are JSON batches already: TorchServe does not batch them again"
@@ -166,7 +170,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help=f"{text} (default: %(default)s)")
     text = "of int8: a video of your camera, from which the ranges of the values are learned; may be repeated"
     add("--calibrate", type=Path, action="append", metavar="VIDEO", help=text)
-    text = "of int8: write the archive although less than 95 %% of the first labels are those of fp32"
+    text = f"of int8: write the archive also if less than {100 * MIN_AGREEMENT:.0f} %% of the first labels are the same"
     add("--force", action="store_true", help=text)
     text = f"of pose estimation: how certain a person must be to be in the answer, from 0 to 1 (default: {MIN_SCORE})"
     add("--min-score", type=score, metavar="SCORE", help=text)
@@ -233,9 +237,8 @@ def main(argv: list[str] | None = None) -> int:
         print("create_mar_file.py: interrupted", file=sys.stderr)
         return 130
     if args.precision == "bf16" and not has_bf16():
-        print(
-            "create_mar_file.py: this processor has no bf16: a worker on it runs the network in fp32", file=sys.stderr
-        )
+        text = "this processor has no bf16: a worker on one like it runs the network in fp32"
+        print(f"create_mar_file.py: {text}", file=sys.stderr)
     if changes:
         print(f"{weights}: {changes}")
     kind = "JSON batches" if args.client_batching else "frames"

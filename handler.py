@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
@@ -36,8 +36,9 @@ from ts.utils.util import load_label_mapping
 # TorchServe looks on its PYTHONPATH first, where there may be another `server` than the archive's.
 sys.path.insert(0, str(Path(__file__).parent))
 from server.images import open_image, to_rgb
-from server.models import MODELS, OpenVinoNetwork, load_network, usable_dtype
+from server.models import MODELS
 from server.requests import Clip, Frame, Request, parse_request
+from server.runtime import device_of, load_model
 from server.tasks import TASKS
 
 # The metrics besides those of TorchServe: kind, unit, and labels besides ModelName.
@@ -62,21 +63,12 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         Image.core.set_block_size(64 * 2**20)  # type: ignore[attr-defined]
         settings = context.model_yaml_config["handler"]
         torch.set_num_threads(settings["threads"])
-        gpu, is_openvino = context.system_properties.get("gpu_id"), settings["runtime"] == "openvino"
-        has_gpu = gpu is not None and torch.cuda.is_available() and not is_openvino
-        self.device = torch.device(f"cuda:{gpu}" if has_gpu else "cpu")
-        self.dtype = usable_dtype(settings["precision"], self.device)
+        self.device = device_of(context.system_properties.get("gpu_id"), settings["runtime"])
         archive = Path(context.system_properties["model_dir"])
         labels = list(load_label_mapping(str(archive / "index_to_name.json")).values())
         self.task = TASKS[MODELS[settings["network"]].task](settings, labels)
         path = archive / context.manifest["model"]["serializedFile"]
-        if is_openvino:
-            self.model: Callable[[Any], Any] = OpenVinoNetwork(path, self.dtype, settings["threads"])
-            self.dtype = torch.uint8
-        else:
-            weights = torch.load(path, self.device, weights_only=True)
-            network = load_network(settings["network"], weights, len(labels))
-            self.model = self.task.prepare(network).to(self.device, self.dtype)
+        self.model, self.dtype = load_model(path, settings, len(labels), self.task, self.device)
 
         self.model_name = context.model_name
         self.metrics = {

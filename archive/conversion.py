@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from archive.errors import ArchiveError
 from server.images import to_rgb
-from server.models import OpenVinoNetwork
+from server.runtime import OpenVinoNetwork
 
 JPEG_QUALITY = 95  # request.py's default
 PARTS = 10  # of a video, calibration and comparison in turn: frames beside each other look alike
@@ -33,22 +33,22 @@ class Agreement:
     """How the predictions of an int8 network compare with those of the fp32 network.
 
     changes: of the probability of fp32's first label, for each clip. agreed: clips with the same first label.
+    unit: what a clip is called, "frames" or "clips".
     """
 
     changes: Sequence[float]
     agreed: int
+    unit: str
 
     @property
     def is_good(self) -> bool:
         return self.agreed >= MIN_AGREEMENT * len(self.changes)
 
     def __str__(self) -> str:
-        share = f"{100 * self.agreed / len(self.changes):.1f} % of {len(self.changes)} frames"
+        share = f"{100 * self.agreed / len(self.changes):.1f} % of {len(self.changes)} other {self.unit}"
         median, largest = statistics.median(self.changes), max(self.changes)
-        return (
-            f"int8 has the first label of fp32 for {share} that it was not calibrated with; "
-            f"the label's probability changes by {median:.3f} (median), at most {largest:.3f}"
-        )
+        change = f"its probability changes by {median:.3f} (median), at most {largest:.3f}"
+        return f"int8 has the same first label as fp32 for {share}; {change}"
 
 
 def convert(network: torch.nn.Module, task: Any, preprocessing: dict[str, Any]) -> Any:
@@ -79,17 +79,20 @@ def quantize(model: Any, task: Any, videos: Sequence[Path], min_edge: int) -> tu
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    threads = os.cpu_count() or 1
-    calibration: list[list[bytes]] = []
-    others: list[list[bytes]] = []
-    for video in videos:
-        clips = list(clips_of(video, task, MAX_CLIPS * 2 // len(videos)))
-        for number, clip in enumerate(clips):
-            (others if number * PARTS // len(clips) % 2 else calibration).append(clip)
+    unit = "clips" if task.clip_frames > 1 else "frames"
+    calibration: list[torch.Tensor] = []
+    others: list[tuple[torch.Tensor, torch.Tensor]] = []  # decoded as for fp32 and for int8
+    for index, video in enumerate(videos):
+        for part, clip in clips_of(video, task, max(2, 2 * MAX_CLIPS // len(videos))):
+            reduced = decoded(clip, task, min_edge)
+            if (index + part) % 2:
+                others.append((decoded(clip, task, 0), reduced))
+            else:
+                calibration.append(reduced)
     if min(len(calibration), len(others)) < MIN_CLIPS:
-        needed = f"{2 * MIN_CLIPS} {'clips' if task.clip_frames > 1 else 'frames'}"
-        raise ArchiveError(f"{' '.join(map(str, videos))}: too short to calibrate with, expected at least {needed}")
-    dataset = nncf.Dataset(list(variants([decoded(clip, task, min_edge) for clip in calibration])))
+        names = " ".join(map(str, videos))
+        raise ArchiveError(f"{names}: too short to calibrate with, expected at least {2 * MIN_CLIPS} {unit} in all")
+    dataset = nncf.Dataset(list(variants(calibration)))
     quantized = nncf.quantize(
         model,
         dataset,
@@ -97,14 +100,13 @@ def quantize(model: Any, task: Any, videos: Sequence[Path], min_edge: int) -> tu
         subset_size=VARIANTS * len(calibration),
         ignored_scope=nncf.IgnoredScope(names=sensitive_layers(model)),
     )
-    expected, actual = (OpenVinoNetwork(each, torch.float32, threads) for each in (model, quantized))
+    networks = [OpenVinoNetwork(each, torch.float32, os.cpu_count() or 1) for each in (model, quantized)]
     changes, agreed = [], 0
-    for clip in others:
-        before = expected(decoded(clip, task, 0)).softmax(dim=1)[0]
-        after = actual(decoded(clip, task, min_edge)).softmax(dim=1)[0]
+    for batches in others:
+        before, after = (network(batch).softmax(dim=1)[0] for network, batch in zip(networks, batches, strict=True))
         changes.append(abs(float(after[before.argmax()] - before.max())))
         agreed += int(before.argmax() == after.argmax())
-    return quantized, Agreement(changes, agreed)
+    return quantized, Agreement(changes, agreed, unit)
 
 
 def sensitive_layers(model: Any) -> list[str]:
@@ -117,17 +119,29 @@ def sensitive_layers(model: Any) -> list[str]:
     return [each.get_friendly_name() for each in (layers[0], layers[-1], *depthwise)]
 
 
-def clips_of(video: Path, task: Any, count: int) -> Iterator[list[bytes]]:
-    """Yield so many clips of a video, evenly spaced, as the JPEG of their frames. Raises ArchiveError if it is none."""
+def parts_of(count: int) -> list[int]:
+    """Return the part of a video in which each of its clips is, numbered from 0."""
+    parts = max(1, min(PARTS, count // 2 * 2))
+    return [number * parts // count for number in range(count)]
+
+
+def clips_of(video: Path, task: Any, count: int) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield up to `count` clips of a video, evenly spaced: the part they are in, and the JPEG of their frames.
+
+    Raises ArchiveError if it can't be read.
+    """
     capture = cv2.VideoCapture(str(video.absolute()), cv2.CAP_FFMPEG)
     try:
         stated, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
-        if not capture.isOpened() or stated < 1:
+        if not capture.isOpened():
             raise ArchiveError(f"can't read {video}: expected a video of your camera")
+        if stated < 1:
+            raise ArchiveError(f"{video} states no number of frames: have ffmpeg -c copy write it as .mp4")
         step = max(1, round(fps / task.frame_rate)) if task.frame_rate else 1
         count = min(count, max(1, stated // (task.clip_frames * step)))
-        place = 0  # in the video, frames
-        for start in (number * stated // count for number in range(count)):
+        place, clip = 0, list[bytes]()  # place: in the video, frames
+        for number, part in enumerate(parts_of(count)):
+            start = number * stated // count
             if start - place > MAX_SKIPPED:
                 capture.set(cv2.CAP_PROP_POS_FRAMES, start)
             else:
@@ -139,7 +153,9 @@ def clips_of(video: Path, task: Any, count: int) -> Iterator[list[bytes]]:
                 if ok and pixels is not None:
                     clip.append(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
             if len(clip) == task.clip_frames:
-                yield clip
+                yield part, clip
+        if not clip:
+            raise ArchiveError(f"{video}: its frames can't be decoded (or there are less than the {stated} it states)")
     finally:
         capture.release()
 

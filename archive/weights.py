@@ -13,8 +13,7 @@ import safetensors.torch
 import torch
 
 from archive.errors import ArchiveError
-from server.models import MODELS
-from server.models import load_network as load
+from server.models import MODELS, load_network
 
 # Under these names training scripts keep the state dict in a checkpoint, torchvision's and Lightning's among them.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -69,18 +68,20 @@ def network_of(model: str, path: Path, labels: int) -> tuple[torch.nn.Module, st
         raise ArchiveError(f"{path} does not fit {what}: {reason}")
     if reason := unusable(state):
         raise ArchiveError(f"{path} can't be used: {reason}")
-    network = load_network(model, state, labels)
+    network = trained_network(model, state, labels)
     if not is_finite(network, model):
         raise ArchiveError(f"{path} can't be used: with these weights {model} answers NaN; {DIVERGED}")
     return network, "; ".join(changes + more)
 
 
-def load_network(model: str, state: Mapping[str, torch.Tensor], labels: int) -> torch.nn.Module:
+def trained_network(model: str, state: Mapping[str, torch.Tensor], labels: int) -> torch.nn.Module:
     """Return a network for so many labels, with trained weights in it."""
     # A trained batch normalization counts its batches, and adds eps to the variance. A frozen one does neither.
     counters = {name for name in state.keys() - shapes(model, labels).keys() if name.endswith(COUNTER)}
     variances = {name.replace(COUNTER, "running_var") for name in counters}
-    return load(model, {name: value + 1e-5 if name in variances else value for name, value in state.items()}, labels)
+    return load_network(
+        model, {name: value + 1e-5 if name in variances else value for name, value in state.items()}, labels
+    )
 
 
 def shapes(model: str, labels: int) -> dict[str, torch.Tensor]:
@@ -182,7 +183,7 @@ def mismatch(state: Mapping[str, torch.Tensor], expected: Mapping[str, Any], lar
     head = {name for name in expected if larger[name].shape != expected[name].shape}
     wrong = [name for name, value in state.items() if name in expected and value.shape != expected[name].shape]
     wrong = [name for name in wrong if not name.endswith(COUNTER)]
-    # Frozen batch normalizations have no counters; load_network() takes both kinds.
+    # Frozen batch normalizations have no counters; trained_network() takes both kinds.
     missing = [name for name in expected if name not in state and not name.endswith(COUNTER)]
     unknown = [name for name in state if name not in expected]
     unknown = [name for name in unknown if name.removesuffix(COUNTER) + "running_var" not in expected]

@@ -19,13 +19,13 @@ from tests.support.in_process import Model
 
 def _classify(archive: Path, images: Sequence[bytes], is_alone: bool, commands: "Connection[Any, Any]") -> None:
     """Run in each process: for each command (batch size, seconds) classify batches; report frames/s and batches."""
-    answer = network_alone(archive, images) if is_alone else Model(archive).answers
+    predict = network_alone(archive, images) if is_alone else Model(archive).answers
     commands.send(None)
     while (command := commands.recv()) is not None:
         size, seconds = command
         count, start = 0, time.monotonic()
         while time.monotonic() < start + seconds:
-            answer([images[(count + index) % len(images)] for index in range(size)])
+            predict([images[(count + index) % len(images)] for index in range(size)])
             count += size
         commands.send((count / (time.monotonic() - start), count // size))
 

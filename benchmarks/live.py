@@ -27,6 +27,7 @@ Lines = list[dict[str, Any]]  # of --jsonl
 
 START_S = 1.5  # until request.py has imported its modules, and streams
 AGE_LIMIT_MS = 1000
+NOT_ANSWERED = ("dropped", "expired", "failed")
 
 
 def measure_live(inputs: Inputs, plan: Plan, results: Results) -> None:
@@ -92,25 +93,21 @@ def stream(
     rows = parse_summary(client.communicate(timeout=60)[1])
     results = [json.loads(line) for line in lines.read_text().splitlines()]
     lines.unlink()
-    captured, answered, dropped, expired, failed = (
-        sum(int(row[name]) for row in rows) for name in ("captured", "answered", "dropped", "expired", "failed")
-    )
+    counts = {name: sum(int(row[name]) for row in rows) for name in ("captured", "answered", *NOT_ANSWERED)}
     fps = sum(float(row["FPS"]) for row in rows)
-    return (
-        (count(results) if count else {})
-        | {
-            "captured": captured,
-            "dropped": dropped + expired,
-            "failed": failed,
-            "fps": fps,
-            "mean_batch": max(float(row["batch"]) for row in rows) if server.folder else 1.0,
-            "client_ms": 1000 * cores / (fps * captured / answered),
-            "client_mb": memory,
-            "server_ms": 1000 * (server.cpu_s() - cpu_s) / answered,
-            "server_mb": server.memory_mb(),
-        }
-        | latency_fields(line["latency_ms"] for line in results if line["latency_ms"] is not None)
-    )
+    record = {
+        "captured": counts["captured"],
+        "dropped": counts["dropped"] + counts["expired"],
+        "failed": counts["failed"],
+        "fps": fps,
+        "mean_batch": max(float(row["batch"]) for row in rows) if server.folder else 1.0,
+        "client_ms": 1000 * cores / (fps * counts["captured"] / counts["answered"]),
+        "client_mb": memory,
+        "server_ms": 1000 * (server.cpu_s() - cpu_s) / counts["answered"],
+        "server_mb": server.memory_mb(),
+    }
+    latencies = latency_fields(line["latency_ms"] for line in results if line["latency_ms"] is not None)
+    return (count(results) if count else {}) | record | latencies
 
 
 def parse_summary(text: str) -> list[dict[str, str]]:

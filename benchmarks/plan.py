@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from demo.node import PROJECT
-from server.models import has_bf16
+from server.runtime import has_bf16
 
 CLIP = PROJECT / "data" / "sample_video.mp4"
 
@@ -25,8 +25,8 @@ CORES = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_aff
 ORIGINAL, FP32, BF16 = "original example", "ours, fp32", "ours, bf16"
 OPENVINO_FP32, OPENVINO_BF16, INT8 = "ours, OpenVINO fp32", "ours, OpenVINO bf16", "ours, OpenVINO int8"
 LITSERVE, MOSEC = "LitServe, our handler", "mosec, our handler"
-# The flags of create_mar_file.py. A processor without bf16 would run fp32 instead. --force: of an untrained network
-# it says nothing whether int8 has the labels of fp32.
+# The flags of create_mar_file.py. A processor without bf16 would run fp32 instead. --force: the agreement of int8 with
+# fp32 means nothing, since the network is untrained.
 FLAGS: dict[str, tuple[str, ...]] = {
     FP32: (),
     OPENVINO_FP32: ("--runtime", "openvino"),

@@ -23,8 +23,8 @@ MIN_DIFFERENCE = 6.0  # grey levels, of the mean of 3x3 pixels: compression chan
 NOISE_FACTOR = 4.0  # times the standard deviation of the noise
 MAX_NOISE = 4.0  # grey levels: a scene that changes everywhere is no noise
 # One frame in 10 s is sent, whatever it shows: after a random time, so that cameras that were started together do not
-# send theirs together.
-MIN_UNSENT_S, MAX_UNSENT_S = 7.0, 9.5
+# send theirs together; and before, if the next frame would come after more than 10 s.
+MIN_UNSENT_S, MAX_UNSENT_S, LIMIT_S = 7.0, 9.5, 10.0
 
 
 def small_image(pixels: Any) -> SmallImage:
@@ -71,9 +71,9 @@ class ChangeFilter:
 
     def __init__(self, percent: float, info: ModelInfo) -> None:
         self._percent, self._clip_frames = percent, info.clip_frames
-        self._reference: Frame | None = None  # the last one that was sent because it differed
+        self._reference: Frame | None = None  # the last one that was sent
         self._unsent_s = 0.0  # after which the next one is sent, whatever it shows
-        self._sent = set[int]()  # the numbers of the reference, and of the frames that were sent with it
+        self._sent = set[int]()  # the numbers of the reference, and of the other frames of its clip
         self._time_s = -math.inf  # of the frame before
         self._lock = threading.Lock()
 
@@ -83,29 +83,28 @@ class ChangeFilter:
             return False
         with self._lock:
             reference, before_s, self._time_s = self._reference, self._time_s, frame.time_s
-            begins_anew = frame.is_first or frame.time_s < before_s  # A file is repeated.
-            if reference is None or begins_anew or self._is_new(reference, frame):
-                self._reference, self._sent = frame, {frame.number}
-                self._unsent_s = random.uniform(MIN_UNSENT_S, MAX_UNSENT_S)
-                return False
-            if len(self._sent) < self._clip_frames:
-                self._sent.add(frame.number)
-                return False
-            return True
+            is_repeated = frame.position_s is not None and frame.time_s < before_s
+            if reference is None or frame.is_first or is_repeated:
+                self._sent = set()
+            elif len(self._sent) >= self._clip_frames:
+                if not self._is_new(reference, frame, frame.time_s - before_s):
+                    return True
+                self._sent = set()
+            self._sent.add(frame.number)
+            self._reference, self._unsent_s = frame, random.uniform(MIN_UNSENT_S, MAX_UNSENT_S)
+            return False
 
     def record(self, result: Result) -> None:
-        """Compare with no frame that the server did not answer: then nobody knows what is in it."""
+        """Forget the reference if the server did not answer it, or another frame of its clip."""
         if self._percent and result.outcome in ("failed", "dropped", "expired"):
             with self._lock:
                 if result.frame.number in self._sent:
                     self._reference = None
 
-    def _is_new(self, reference: Frame, frame: Frame) -> bool:
+    def _is_new(self, reference: Frame, frame: Frame, interval_s: float) -> bool:
         # The time in a file is that of the scene; of an image that is repeated only the time of reading goes on.
         elapsed_s = max(frame.time_s - reference.time_s, frame.captured_at - reference.captured_at)
-        if elapsed_s >= self._unsent_s:
-            return True
-        if len(self._sent) < self._clip_frames:
-            return False
         before, now = reference.small, frame.small
-        return before is None or now is None or changed_percent(before, now) >= self._percent
+        if elapsed_s >= self._unsent_s or elapsed_s + interval_s > LIMIT_S or before is None or now is None:
+            return True
+        return changed_percent(before, now) >= self._percent

@@ -84,7 +84,7 @@ class LastMinute:
     def figures(self, now: float) -> dict[str, Any]:
         """Return answered frames a second and the share of lost ones in the last 10 s, and latencies in milliseconds.
 
-        Unchanged frames are not lost, and count for nothing: of the others, the share that was lost says how it goes.
+        Unchanged frames are left out of the share of lost ones.
         "seconds" has the p50 and p99 of each of the last 60 seconds, the latest last; None without a response.
         """
         results = self._results.copy()

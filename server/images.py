@@ -83,7 +83,7 @@ def open_image(file: bytes | bytearray) -> Image.Image:
 def to_rgb(image: Image.Image, min_edge: int) -> Image.Image:
     """Decode an image; return it as RGB, upright as its EXIF says. Raises any exception if the data is broken.
 
-    min_edge: a JPEG of twice as many pixels on its short edge is decoded at 1/2, 1/4 or 1/8 of its size; 0: at its own.
+    min_edge: if the short edge has at least twice as many pixels, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size.
     """
     if min_edge and (factor := min(image.size) // min_edge) > 1:
         image.draft(None, (image.width // factor, image.height // factor))

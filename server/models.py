@@ -1,23 +1,16 @@
-"""The models that can be served: for each name its task and its network; and what runs a network on a processor."""
+"""The models that can be served: for each name its task and its network."""
 
 from __future__ import annotations
 
-import logging
-import platform
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torchvision.models import resnet18, video
 from torchvision.models.detection import KeypointRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
-
-# Otherwise OpenVINO and NNCF report their use to Intel, at each import.
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -57,42 +50,3 @@ def load_network(name: str, state: Mapping[str, torch.Tensor], labels: int) -> t
     network = MODELS[name].build(num_classes=labels)
     network.load_state_dict(state)
     return network.eval()
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # int8: of what is not int8
-
-
-def has_bf16() -> bool:
-    """Return whether the processor computes in bf16; PyTorch emulates it on others, eight times slower than fp32."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False
-    # For oneDNN any AVX-512 is enough. PyTorch before 2.5 can't tell more.
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return not is_x86 or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)())
-
-
-def usable_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return what a network computes with on a device: fp32 instead of bf16 on a processor that has no bf16."""
-    if precision == "bf16" and device.type == "cpu" and not has_bf16():
-        logging.getLogger(__name__).warning("this processor has no bf16: the network runs in fp32, which is faster")
-        return torch.float32
-    return PRECISIONS[precision]
-
-
-class OpenVinoNetwork:
-    """A network in OpenVINO's format, compiled for this processor. It takes batches of uint8, and normalizes them.
-
-    model: its file, or an openvino.Model.
-    """
-
-    def __init__(self, model: Any, dtype: torch.dtype, threads: int) -> None:
-        import openvino
-
-        settings = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "NUM_STREAMS": 1}
-        # Pinned threads of all workers would share the first core.
-        settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-        self._request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        pixels = batch.movedim(1, -1).contiguous().numpy()
-        return torch.from_numpy(self._request.infer([pixels], share_inputs=True)[0])

@@ -71,7 +71,7 @@ def test_archive_holds_exactly_these_files(archives: Archives, model: str) -> No
     with zipfile.ZipFile(archives.build(model)) as mar:
         names = {name for name in mar.namelist() if not name.endswith("/")}
     code = {f"server/{path.name}" for path in (PROJECT / "server").glob("*.py")}
-    assert len(code) == 5
+    assert len(code) == 6
     settings = {"index_to_name.json", "model-config.yaml", "MAR-INF/MANIFEST.json"}
     assert names == {"handler.py", f"{model}.pth"} | settings | code
 

@@ -122,8 +122,8 @@ def test_run_with_skip_static(fake: FakeServer, flags: list[str], tmp_path: Path
 def test_live_camera_that_freezes_is_reported(fake: FakeServer, tmp_path: Path) -> None:
     """And not sent, but for one frame in 10 s."""
     sensor = Sensor(3.0)
-    pictures = [jpeg(sensor.photo(background()))] * 110 + [jpeg(sensor.photo(background(2)))] * 20
-    with mjpeg_camera(pictures, fps=10) as camera:
+    images = [jpeg(sensor.photo(background()))] * 110 + [jpeg(sensor.photo(background(2)))] * 20
+    with mjpeg_camera(images, fps=10) as camera:
         with running(fake, tmp_path, "--input", camera.url, "--skip-static") as request:
             request.wait_until(lambda: "the camera is live again" in request.stderr())
             row = request.end()[camera.url]

@@ -1,6 +1,8 @@
 """Archives for OpenVINO: int8, clips, bf16, and a processor without bf16. test_handler.py has the answers in fp32."""
 
 import io
+import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -14,7 +16,7 @@ from PIL import Image
 import create_mar_file
 from archive import conversion
 from demo.node import PROJECT, torchserve
-from server.models import has_bf16
+from server.runtime import has_bf16
 from tests.support.archives import Archives
 from tests.support.frames import CLIP, Pixels, as_json, jpeg, write_video
 from tests.support.in_process import Model
@@ -31,7 +33,8 @@ from tests.support.scripts import run
 
 EFFICIENTNET = ["--model", "efficientnet-lite0", "--runtime", "openvino"]
 INT8 = ["--precision", "int8", "--calibrate"]
-CAPTION = r"int8 has the first label of fp32 for \d+\.\d % of 20 frames that it was not calibrated with"
+AGREEMENT = r"int8 has the same first label as fp32 for (\d+\.\d) % of 20 other frames; its probability changes by "
+AGREEMENT += r"(0\.\d{3}) \(median\), at most (0\.\d{3})"
 
 
 @pytest.fixture
@@ -54,7 +57,11 @@ def photos() -> list[Pixels]:
 def test_int8_has_the_labels_of_fp32_on_another_clip(capsys: pytest.CaptureFixture[str], archives: Archives) -> None:
     """It is calibrated with half of the sample clip. Large frames are decoded at a reduced size."""
     assert create_mar_file.main([*EFFICIENTNET, *INT8, str(CLIP)]) == 0
-    assert CAPTION[:20] in capsys.readouterr().out
+    found = re.search(rf"(?m)^{AGREEMENT}$", capsys.readouterr().out)
+    assert found
+    share, median, largest = map(float, found.groups())
+    assert share >= 95
+    assert 0 < median <= largest < 0.2
     exact = Model(archives.build("efficientnet-lite0"))
     quantized = Model(Path("model_store", "efficientnet-lite0.mar"))
     assert quantized.handler.min_edge == 256
@@ -74,7 +81,9 @@ def test_int8_that_differs_from_fp32_is_written_by_force_only(
     monkeypatch.setattr(conversion, "MIN_AGREEMENT", 1.01)
     assert create_mar_file.main([*EFFICIENTNET, *INT8, str(CLIP)]) == 1
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("create_mar_file.py: int8 has")]
-    assert "expected 95 % of the labels: calibrate with more videos of your cameras" in line
+    assert re.search(
+        rf"{AGREEMENT}; expected the same label for 101 %: calibrate with more videos of your cameras", line
+    )
     assert not Path("model_store").exists()
     assert create_mar_file.main([*EFFICIENTNET, *INT8, str(CLIP), "--force"]) == 0
     assert Path("model_store", "efficientnet-lite0.mar").exists()
@@ -156,36 +165,13 @@ def test_a_processor_without_bf16_runs_fp32(archives: Archives, clip: list[Pixel
         "create_mar_file.py", "--precision", "bf16", "--weights", archives.weights(), cwd=tmp_path, environment=no_bf16
     )
     assert done.returncode == 0
-    assert done.stderr == "create_mar_file.py: this processor has no bf16: a worker on it runs the network in fp32\n"
+    text = "this processor has no bf16: a worker on one like it runs the network in fp32"
+    assert done.stderr == f"create_mar_file.py: {text}\n"
 
 
 def test_nothing_is_reported_to_intel() -> None:
-    import openvino.tools.ovc.telemetry_utils
-
-    assert "stub" in openvino.tools.ovc.telemetry_utils.tm.__name__
-
-
-def test_large_jpeg_is_decoded_smaller_but_large_enough() -> None:
-    from server.images import open_image, to_rgb
-
-    image = Image.fromarray(skimage.data.astronaut())
-    for size, expected in {
-        (640, 480): (640, 480),
-        (1280, 720): (640, 360),
-        (720, 1280): (360, 640),
-        (1920, 1080): (480, 270),
-        (3840, 2160): (480, 270),
-        (513, 512): (257, 256),
-        (511, 511): (511, 511),
-    }.items():
-        file = io.BytesIO()
-        image.resize(size).save(file, "JPEG", quality=95)
-        small = to_rgb(open_image(file.getvalue()), 256)
-        assert small.size == expected
-        assert min(small.size) >= 256
-        assert to_rgb(open_image(file.getvalue()), 0).size == size
-        similar = np.asarray(image.resize(small.size), float) - np.asarray(small, float)
-        assert np.abs(similar).mean() < 8
-        file = io.BytesIO()
-        image.resize(size).save(file, "PNG")
-        assert to_rgb(open_image(file.getvalue()), 256).size == size
+    """In a process of its own: NNCF reports nothing where there is pytest."""
+    code = "import server.runtime, nncf.telemetry.wrapper as nncf, openvino.tools.ovc.telemetry_utils as openvino; "
+    code += "print(type(nncf.telemetry).__name__, openvino.tm.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "MagicMock openvino.tools.ovc.telemetry_stub"

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 import create_mar_file
 from archive.labels import trained_labels
-from archive.weights import load_network
+from archive.weights import trained_network
 from tests.support.networks import RANDOM, random_resnet18
 
 BUILD_TIMEOUT_S = 300.0
@@ -120,7 +120,7 @@ def unpacked_archive(folder: Path, *flags: str, network: torch.nn.Module | None 
     config: dict[str, Any] = create_mar_file.model_config(args)
     config["handler"]["preprocessing"] |= TINY[args.model] if is_tiny else {}
     state = (network or random_resnet18(len(labels))).state_dict()
-    torch.save(load_network(args.model, state, len(labels)).state_dict(), folder / "network.pth")
+    torch.save(trained_network(args.model, state, len(labels)).state_dict(), folder / "network.pth")
     (folder / "index_to_name.json").write_text(json.dumps(dict(enumerate(labels))), encoding="utf-8")
     (folder / "model-config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (folder / "MAR-INF").mkdir()

@@ -1,8 +1,8 @@
 """edge/changes.py: what counts as a change, on generated scenes, and which frames of a stream are sent."""
 
-import threading
 from collections.abc import Callable
-from itertools import product
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise, product
 from typing import Any
 
 import cv2
@@ -257,20 +257,41 @@ def test_clips_are_whole() -> None:
     clips = ChangeFilter(0.5, ModelInfo(clip_frames=4))
     levels = [100] * 6 + [200, 100, 200, 100, 200] + [200] * 3
     frames = [frame(number, level) for number, level in enumerate(levels, start=1)]
-    assert sent(clips, frames) == [1, 2, 3, 4, 7, 8, 9, 10]
-    clips.record(Result(frame(9), "expired", error="why"))  # The clip is not whole.
-    assert sent(clips, [frame(number, 200) for number in range(15, 21)]) == [15, 16, 17, 18]
+    assert sent(clips, frames) == [1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13, 14]
+    assert sent(clips, [frame(number, 200) for number in range(15, 21)]) == []
+    clips.record(Result(frame(13), "expired", error="why"))  # The clip is not whole.
+    assert sent(clips, [frame(number, 200) for number in range(21, 27)]) == [21, 22, 23, 24]
+
+
+@pytest.mark.parametrize("interval_s", [0.2, 1.0, 2.9, 3.4, 4.9, 6.0, 30.0])
+def test_one_frame_in_10_s_is_sent_if_there_is_one(interval_s: float) -> None:
+    still = [frame(number, at=interval_s * number) for number in range(200)]
+    numbers = sent(ChangeFilter(0.5, ModelInfo()), still)
+    gaps_s = [interval_s * (after - before) for before, after in pairwise(numbers)]
+    assert max(gaps_s) <= max(10.0, interval_s) + 1e-6
+    assert min(gaps_s) >= min(10.0 - interval_s, 7.0) or interval_s > 5
+
+
+def test_slow_camera_sends_whole_clips_too() -> None:
+    """A clip takes longer than a still scene may be without a frame that is sent."""
+    clips = ChangeFilter(0.5, ModelInfo(clip_frames=16))
+    numbers = sent(clips, [frame(number, at=float(number)) for number in range(1, 61)])
+    assert numbers[:16] == list(range(1, 17))
+    assert 7 <= numbers[16] - 16 <= 10
+    assert len(numbers) < 60
 
 
 def test_results_are_recorded_while_frames_are_compared() -> None:
     filtered = ChangeFilter(0.5, ModelInfo())
-    frames = [frame(number, 100 + 100 * (number % 2), at=0.0) for number in range(1, 500)]
+    frames = [frame(number, at=0.0) for number in range(1, 3000)]
 
     def record_all() -> None:
         for each in frames:
             filtered.record(Result.failed(each, "why"))
 
-    main = threading.Thread(target=record_all)
-    main.start()
-    assert len(sent(filtered, frames)) == len(frames)
-    main.join()
+    with ThreadPoolExecutor(1) as main:
+        recorded = main.submit(record_all)
+        numbers = sent(filtered, frames)
+        recorded.result(timeout=60)
+    filtered.record(Result.failed(frames[numbers[-1] - 1], "why"))
+    assert sent(filtered, [frame(3000, at=0.0), frame(3001, at=0.0)]) == [3000]

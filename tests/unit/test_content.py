@@ -76,6 +76,25 @@ def test_still_scene_is_not_frozen(watch: Watch, caplog: pytest.LogCaptureFixtur
     assert caplog.messages == []
 
 
+def test_small_frames_of_low_quality_are_not_frozen(watch: Watch) -> None:
+    """Their JPEG has no noise: with --resize and --jpeg-quality a still scene has equal JPEGs."""
+    for number in range(1, 100):
+        assert watch.check.check(Frame(CAMERA, number, number / FPS, b"the same"), changing()) == "live"
+
+
+def test_camera_of_few_frames_is_frozen_after_some_of_them(watch: Watch) -> None:
+    """Two equal images of a snapshot that is requested every 10 seconds say little."""
+    states = [watch.check.check(Frame(CAMERA, number, 10.0 * number, b"the same"), STILL) for number in range(8)]
+    assert states == ["live"] * 4 + ["frozen"] * 4
+
+
+def test_time_of_a_loss_does_not_count(watch: Watch) -> None:
+    for number, pixels in enumerate([STILL, BLACK], start=1):
+        first, back = (Frame(CAMERA, number, at, b"the same", is_first=at > 0) for at in (0.0, 60.0))
+        for frame in [first] * 5 + [back] * 5:
+            assert watch.check.check(frame, pixels) == "live"
+
+
 def test_black_camera_is_reported_and_so_is_its_end(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
     dark = Sensor(6.0, size=SIZE)
     for pixels in [changing() for _ in range(20)] + [dark.photo(np.full_like(SCENE, 8)) for _ in range(75)]:

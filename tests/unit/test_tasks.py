@@ -11,7 +11,7 @@ from torchvision.models import WeightsEnum, detection
 from torchvision.models.detection import KeypointRCNN_ResNet50_FPN_Weights
 
 import create_mar_file
-from archive.weights import load_network
+from archive.weights import trained_network
 from handler import VideoFrameHandler
 from server.images import MAX_PIXELS
 from server.tasks import ActivityRecognition, BySize, PoseEstimation
@@ -121,7 +121,7 @@ def test_batch_normalization_is_that_which_the_weights_were_trained_with(monkeyp
         features = []
         for network in (scratch, frozen):
             expected = network.get_submodule("backbone")(pixels)["0"]
-            served = load_network(POSE, network.state_dict(), 17).get_submodule("backbone")(pixels)["0"]
+            served = trained_network(POSE, network.state_dict(), 17).get_submodule("backbone")(pixels)["0"]
             torch.testing.assert_close(served, expected, rtol=1e-3, atol=1e-5)
             features.append(expected)
     assert not torch.allclose(features[0], features[1], rtol=0.01), "eps makes no difference"
