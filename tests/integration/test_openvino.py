@@ -169,6 +169,13 @@ def test_a_processor_without_bf16_runs_fp32(archives: Archives, clip: list[Pixel
     assert done.stderr == f"create_mar_file.py: {text}\n"
 
 
+def test_worker_without_openvino_does_not_import_it() -> None:
+    """TorchServe's BaseHandler would, and with it PyTorch's compilers."""
+    code = "import handler, sys; print('openvino' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 def test_nothing_is_reported_to_intel() -> None:
     """In a process of its own: NNCF reports nothing where there is pytest."""
     code = "import server.runtime, nncf.telemetry.wrapper as nncf, openvino.tools.ovc.telemetry_utils as openvino; "
