@@ -26,7 +26,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-
 # TorchServe's BaseHandler imports it if it is there, and with it PyTorch's compilers: 5 seconds of each worker's start.
 sys.modules["openvino.torch"] = None  # type: ignore[assignment]
 import torch
