@@ -47,7 +47,9 @@ def test_archive_holds_what_the_answers_depend_on(archives: Archives, weights: P
             "max_frames": 256,
             "max_pixels": 4 * 7680 * 4320,
             "threads": 1,
+            "runtime": "pytorch",
             "precision": "fp32",
+            "min_edge": 0,
             "preprocessing": {
                 "resize": 256,
                 "crop": 224,
@@ -98,7 +100,9 @@ def test_pose_archive_has_min_score_the_sizes_of_training_and_time(archives: Arc
         "handler": {
             "network": "keypointrcnn-resnet50-fpn",
             "threads": 1,
+            "runtime": "pytorch",
             "precision": "fp32",
+            "min_edge": 0,
             "min_score": 0.7,
             "max_frames": 16,
             "max_pixels": 4 * 7680 * 4320,
@@ -120,7 +124,9 @@ def test_activity_archive_has_the_preprocessing_of_videos(archives: Archives) ->
             "max_frames": 256,
             "max_pixels": 4 * 7680 * 4320,
             "threads": 1,
+            "runtime": "pytorch",
             "precision": "fp32",
+            "min_edge": 0,
             "preprocessing": {
                 "resize": [128, 171],
                 "crop": [112, 112],
