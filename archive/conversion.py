@@ -57,9 +57,11 @@ def convert(network: torch.nn.Module, task: Any, preprocessing: dict[str, Any]) 
 
     blank = task.preprocess(Image.new("RGB", (640, 480)))
     batch = task.collate([[blank] * task.clip_frames], torch.device("cpu"), torch.float32)
+    level = logging.getLogger().level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # It traces the network, which PyTorch means to drop.
         model = openvino.convert_model(network, example_input=batch, input=[-1, *batch.shape[1:]])
+    logging.getLogger().setLevel(level)  # The conversion silences the warnings of all loggers.
     steps = openvino.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("N...C"))
     steps.input().model().set_layout(openvino.Layout("NC..."))
