@@ -28,7 +28,7 @@ def has_bf16() -> bool:
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    # For oneDNN any AVX-512 is enough. Not all releases of PyTorch can tell more.
+    # For oneDNN any AVX-512 is enough. Older releases of PyTorch do not know avx512_bf16.
     cpuinfo = Path("/proc/cpuinfo")
     is_known = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return is_known or (cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text())
