@@ -57,11 +57,9 @@ def convert(network: torch.nn.Module, task: Any, preprocessing: dict[str, Any]) 
 
     blank = task.preprocess(Image.new("RGB", (640, 480)))
     batch = task.collate([[blank] * task.clip_frames], torch.device("cpu"), torch.float32)
-    level = logging.getLogger().level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # It traces the network, which PyTorch means to drop.
         model = openvino.convert_model(network, example_input=batch, input=[-1, *batch.shape[1:]])
-    logging.getLogger().setLevel(level)  # The conversion silences the warnings of all loggers.
     steps = openvino.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("N...C"))
     steps.input().model().set_layout(openvino.Layout("NC..."))
@@ -80,7 +78,7 @@ def quantize(model: Any, task: Any, videos: Sequence[Path], min_edge: int) -> tu
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # It warns of a missing GPU.
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     unit = "clips" if task.clip_frames > 1 else "frames"
     calibration: list[torch.Tensor] = []
     others: list[tuple[torch.Tensor, torch.Tensor]] = []  # decoded as for fp32 and for int8
