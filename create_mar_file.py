@@ -164,7 +164,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--client-batching", action="store_true", help=text)
     text = "the network (default: %(default)s)"
     add("--model", choices=list(MODELS), default="resnet-18", help=text)
-    text = "what runs the network; openvino is faster on Intel and AMD processors, and has no pose estimation"
+    text = "what runs the network; openvino is faster on x86-64 processors, and has no pose estimation"
     add("--runtime", choices=["pytorch", "openvino"], default="pytorch", help=f"{text} (default: %(default)s)")
     text = "of the network: bf16 is faster if the processor has it; int8, of openvino, if it has VNNI or AMX"
     add("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help=f"{text} (default: %(default)s)")

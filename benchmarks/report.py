@@ -39,12 +39,13 @@ with each other: on another machine, or another day on a shared one, all of them
 - **LitServe, mosec**: the same handler, number of workers, batch size and delay, behind another server.
 - **ceiling**: the same handler in as many processes as there are workers, with the frames in memory and no server.
 - **OpenVINO**: archives of `--runtime openvino`. **OpenVINO alone** is the network in as many processes, without our
-  handler, on frames that are decoded and cropped already.
+  handler, on frames that are decoded and cropped already. The rows of int8 show the speed only: untrained weights are
+  calibrated with the sample clip, and their agreement means nothing.
 
 **Other processors.** The first cell of each table names the instruction sets of the processor that was measured. On
 another machine, whose processor has AVX2 but neither AVX-512 nor AMX, the original example served 13 frames/s, ours 17
 in fp32 and 2 in bf16. Such a processor has no instructions for bf16, and PyTorch emulated them; now the handler runs
-fp32 there, and this page has no rows of bf16. `lscpu` shows whether a processor has avx512_bf16 or amx_bf16.
+fp32 there, and `make bench` leaves out the rows of bf16. `lscpu` shows whether a processor has avx512_bf16 or amx_bf16.
 
 **Requests and percentiles.** The tables have the number of requests behind each figure, in all rounds together. A
 percentile is printed only if at least {min_beyond} requests lie beyond it: p99 of 500 requests or more, p95 of 100 or

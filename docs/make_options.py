@@ -50,8 +50,8 @@ def section(script: str, parser: argparse.ArgumentParser) -> str:
 def flags(action: argparse.Action) -> str:
     """Return how a flag is typed, with the name of its value."""
     choices = r"\|".join(map(str, action.choices)) if action.choices else None
-    value = f" {choices or action.metavar or action.dest.upper()}"
-    value = {0: "", "?": f" [{value[1:]}]"}.get(action.nargs or "", value)
+    name_of_value = choices or action.metavar or action.dest.upper()
+    value = {0: "", "?": f" [{name_of_value}]"}.get(action.nargs, f" {name_of_value}")
     return ", ".join(f"`{name}{value}`" for name in action.option_strings)
 
 

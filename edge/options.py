@@ -81,8 +81,8 @@ def new_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Stream cameras to TorchServe and print its predictions.",
         allow_abbrev=False,
-        epilog="exit codes: 0 every frame was answered, or dropped as asked for; 1 a frame or an output failed; "
-        "2 wrong usage; 3 a source can't be read; 4 the server can't be used; 130 interrupted",
+        epilog="exit codes: 0 no frame failed; 1 a frame or an output failed; 2 wrong usage, or an output can't be "
+        "opened; 3 a source can't be read; 4 the server can't be used; 130 interrupted",
     )
     add = parser.add_argument
     add("--client-batching", action="store_true", help="send JSON batches of N frames (default: one frame a request)")
@@ -99,8 +99,8 @@ def new_parser() -> argparse.ArgumentParser:
     add("--drop", choices=["oldest", "newest", "none"], help=f"{text} (default: oldest of live sources, none of files)")
     text = "do not send frames that are older than this (default: no limit)"
     add("--max-age", dest="max_age_s", type=milliseconds, default=math.inf, metavar="MS", help=text)
-    text = "do not send frames of which less than PERCENT %% changed since the last one that was sent, but one in 10 s"
-    text += " (default: off; without a value %(const)g)"
+    text = "do not send frames of which less than PERCENT %% changed since the last one that was sent, but"
+    text += " at least one in 10 s (default: off; without a value %(const)g)"
     dest = "static_percent"
     add("--skip-static", nargs="?", const=0.5, type=PERCENT, default=0.0, dest=dest, metavar="PERCENT", help=text)
     add("--resize", type=WHOLE, metavar="N", help="shrink frames to a short edge of N pixels before they are sent")

@@ -177,3 +177,5 @@ def test_the_page_of_options_is_that_of_the_parsers() -> None:
         flags = re.findall(r"--[a-z][a-z_-]+", parser.format_help())
         assert len(flags) >= 6
         assert [flag for flag in flags if flag != "--help" and f"`{flag}" not in page] == []
+    for flag in ("--client-batching", "--force", "--quiet", "--jsonl FILE", "--skip-static [PERCENT]"):
+        assert f"| `{flag}` |" in page

@@ -12,6 +12,7 @@ from demo.node import PROJECT
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 HERE = "examples/image_classifier/near_real_time_video"
 
+CONVERTED = ["OpenVINO fp32", "OpenVINO bf16", "OpenVINO int8"]
 LARGE = ("640×480", False)  # frames of the sample clip, and whether they are shrunk
 
 # Users of the original example know these commands: none of them may change.
@@ -97,7 +98,7 @@ def test_the_planning_table_is_computed_from_the_benchmark() -> None:
     results = json.loads((PROJECT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
     single = {
         server: median(each["server_ms"] for each in results["saturation"] if is_ours(each, server))
-        for server in ("ours, fp32", "ours, bf16")
+        for server in ("ours, fp32", "ours, bf16", *(f"ours, {runtime}" for runtime in CONVERTED))
     }
     fp32: dict[str, float] = {}
     for frames, resize in sorted({(each["frames"], each["resize"]) for each in results["growth"]}):
@@ -106,10 +107,10 @@ def test_the_planning_table_is_computed_from_the_benchmark() -> None:
         ]
         name = "any with `--resize 256`" if resize else frames
         fp32[name] = max(fp32.get(name, 0.0), median(times))
-    faster = {"fp32": 0.0, "bf16": single["ours, fp32"] - single["ours, bf16"]}
     planning = (PROJECT / "deploy" / "README.md").read_text(encoding="utf-8")
-    for precision, less in faster.items():
-        for name, ms in fp32.items():
+    for precision in ("fp32", "bf16", *CONVERTED):
+        less = single["ours, fp32"] - single[f"ours, {precision}"]
+        for name, ms in fp32.items() if precision in ("fp32", "bf16") else [(LARGE[0], fp32[LARGE[0]])]:
             cost = round(ms - less, 1)
             cameras = [int(0.7 * 1000 * 2 / (rate * cost)) for rate in (1, 5, 10, 25)]
             assert f"| {precision}, {name} | {cost} | {' | '.join(map(str, cameras))} |\n" in planning
@@ -136,7 +137,7 @@ def test_the_speed_that_the_readme_states_is_the_measured_one() -> None:
     table = re.search(r"(?m)^\|.*\n(?:\|.*\n)+", dict(headings(README))["How fast it is"])
     assert table
     lines = table[0].splitlines()
-    names = ["original example", "ours, fp32", "ours, OpenVINO fp32", "ours, OpenVINO int8"]
+    names = ["original example", "ours, fp32", *(f"ours, {runtime}" for runtime in CONVERTED)]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
     measured = (PROJECT / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line not in measured] == []
