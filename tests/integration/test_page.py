@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 import requests
 from axe_playwright_python.sync_playwright import Axe
@@ -15,7 +16,7 @@ from playwright.sync_api import Page as Tab
 
 from edge.web import MAX_VIEWERS
 from tests.support.fake_server import FakeServer, fake_server
-from tests.support.frames import decoded
+from tests.support.frames import decoded, jpeg
 from tests.support.mjpeg_camera import MjpegCamera, mjpeg_camera
 from tests.support.pages import BLUE, ORANGE, Page, is_of, serving, shades
 from tests.support.programs import needs
@@ -151,6 +152,22 @@ def test_lost_camera_and_server_are_shown_and_their_return(
         fake.behaviour = "good"
         wait_until(lambda: (servers.text_content() or "").endswith(": responding"))
         wait_until(lambda: states(tab) == ["live", "live"])
+
+
+def test_frozen_and_black_cameras_are_shown(fake: FakeServer, browser: Browser, tmp_path: Path) -> None:
+    """A black one has noise: its frames are not the same."""
+    images = [np.full((240, 320, 3), level, np.uint8) for level in (4, 7)]
+    with (
+        mjpeg_camera(FRAMES[1][:1], fps=10) as frozen,
+        mjpeg_camera([jpeg(each) for each in images], fps=10) as black,
+        serving(fake, tmp_path, frozen.url, black.url) as page,
+        opened(browser, page) as tab,
+    ):
+        wait_until(lambda: states(tab) == ["frozen", "black"])
+        problems = ["all its frames are the same", "its frames are black"]
+        assert tab.locator("article .note").all_text_contents() == problems
+        frozen.frames = FRAMES[1]
+        wait_until(lambda: states(tab) == ["live", "black"])
 
 
 def test_page_says_why_it_has_no_picture(
