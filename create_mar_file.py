@@ -208,10 +208,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--runtime openvino does not go with {args.model}: it can't convert its network")
     if is_pose and args.precision != "fp32":
         parser.error(f"--precision {args.precision} does not go with {args.model}: it is not exact for pixels")
-    if args.precision == "int8" and args.runtime != "openvino":
-        parser.error("--precision int8 goes with --runtime openvino")
-    if (args.precision == "int8") != bool(args.calibrate):
-        parser.error("--precision int8 and --calibrate VIDEO go together")
+    if args.precision == "int8" and not (args.runtime == "openvino" and args.calibrate):
+        parser.error("--precision int8 goes with --runtime openvino and --calibrate VIDEO")
+    if args.calibrate and args.precision != "int8":
+        parser.error("--calibrate goes with --precision int8: nothing else is calibrated")
     if args.force and args.precision != "int8":
         parser.error("--force goes with --precision int8: nothing else is checked")
     return args
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     if changes:
         print(f"{weights}: {changes}")
     kind = "JSON batches" if args.client_batching else "frames"
-    print(f"{archive}: {args.model}, {len(labels)} {outputs(args.model)}, for {kind}")
+    print(f"{archive}: {args.model}, {len(labels)} {outputs(args.model)}, {args.runtime} {args.precision}, for {kind}")
     return 0
 
 

@@ -70,7 +70,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         labels = list(load_label_mapping(str(archive / "index_to_name.json")).values())
         self.task = TASKS[MODELS[settings["network"]].task](settings, labels)
         path = archive / context.manifest["model"]["serializedFile"]
-        self.model, self.dtype = load_model(path, settings, len(labels), self.task, self.device)
+        self.model, self.dtype, precision = load_model(path, settings, len(labels), self.task, self.device)
 
         self.model_name = context.model_name
         self.metrics = {
@@ -82,6 +82,7 @@ class VideoFrameHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no
         self.min_edge = settings["min_edge"]
         self.headers = {  # of each response: what a client has to know of the model
             "X-Model-Task": self.task.name,
+            "X-Model-Runtime": f"{settings['runtime']} {precision}",
             "X-Model-Clip-Frames": str(self.task.clip_frames),
             "X-Model-Frame-Rate": str(self.task.frame_rate),
             "X-Model-Max-Frames": str(settings["max_frames"]),

@@ -35,22 +35,26 @@ class BearerToken(AuthBase):
         self._lock = threading.Lock()
 
     def load(self) -> None:
-        """Read the token. Raises ServerError if the file can't be read or holds no token."""
+        """Read the token; an empty file has none yet. Raises ServerError if a file can't be read or holds no token."""
         path, api_key = self._token_file or Path("key_file.json"), ""
         if self._token_file is None and (token := os.environ.get("TORCHSERVE_TOKEN", "").strip()):
             self.source = "TORCHSERVE_TOKEN"
         elif self._token_file is None and not path.exists():
             return
         else:
-            self.source = str(path)
             try:
-                keys = json.loads(path.read_text(encoding="utf-8"))
+                text = path.read_text(encoding="utf-8")
+                if not text:  # TorchServe, while it starts, writes its keys some 0.1 s after it has created the file.
+                    self.problem = f"{path} is empty"
+                    return
+                keys = json.loads(text)
                 token = str(keys["inference"]["key"])
                 api_key = str(keys.get("API", {}).get("key", ""))
             except OSError as error:
                 raise ServerError(f"can't read the token file {path}: {error.strerror}") from error
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ServerError(f"{path} is no key file of TorchServe: expected JSON with inference.key") from error
+            self.source = str(path)
         # With other characters the HTTP library raises an error that shows the token.
         if not re.fullmatch("[!-~]*", api_key) or not re.fullmatch("[!-~]+", token):
             raise ServerError(f"{self.source} holds no token: expected printable ASCII without spaces")
@@ -75,7 +79,8 @@ class BearerToken(AuthBase):
                 self.problem = ""
                 try:
                     self.load()
-                    if not self._is_new(rejected) and response.status_code != requests.codes.unauthorized:
+                    is_done = self.problem or self._is_new(rejected)
+                    if not is_done and response.status_code != requests.codes.unauthorized:
                         self._renew(rejected)
                 except ServerError as error:
                     self.problem = str(error)

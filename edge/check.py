@@ -1,5 +1,6 @@
 """Tests of cameras, server and models before streaming: `request.py --check`."""
 
+import math
 import statistics
 import threading
 import time
@@ -17,6 +18,7 @@ from edge.responses import one_line
 from edge.timing import Timing
 
 ROUNDS = 5
+MEASURED_S = 3.0
 
 
 def check(cameras: Sequence[Camera], options: Options, stop: threading.Event, timing: Timing) -> int:
@@ -54,26 +56,36 @@ def check_model(client: TorchServeClient, image: bytes, url: str) -> None:
     info, frames = client.info, client.frames_per_request
     (first, *_) = predict(client, image, 1, info.clip_frames)
     clip = f", clips of {info.clip_frames} frames at {info.frame_rate:g} frames/s" if info.clip_frames > 1 else ""
-    print(f"ok    model {client.model}: {info.task}{clip}: {one_line(labels_of(first)[0])}", flush=True)
+    kind = ", ".join(filter(None, [info.task, info.runtime])) + clip
+    print(f"ok    model {client.model}: {kind}: {one_line(labels_of(first)[0])}", flush=True)
 
     latencies = [predict(client, image, 1, info.clip_frames)[-1].latency_s or 0.0 for _ in range(ROUNDS)]
     what = f"a clip of {info.clip_frames} frames" if info.clip_frames > 1 else "a single frame"
     print(f"ok    latency: {1000 * statistics.median(latencies):.0f} ms for {what} (median of {ROUNDS})", flush=True)
 
-    count = 2 * client.max_in_flight
-    begin = time.monotonic()
-    burst = predict(client, image, count, frames)
-    fps = len(burst) / (time.monotonic() - begin)
-    sizes = [result.batch_size for result in burst if result.batch_size is not None]
+    results, fps = under_load(client, image, frames)
+    sizes = [result.batch_size for result in results if result.batch_size is not None]
     # The harmonic mean: each forward pass is counted once by each of its frames.
     batch = f"mean batch {statistics.harmonic_mean(sizes):.1f}, largest {max(sizes)}" if sizes else "batch not stated"
-    requests = f"{count} requests of {frames} frame{'s' if frames > 1 else ''}, {client.max_in_flight} in flight"
-    print(f"ok    batching: {requests}, {fps:.1f} FPS; {batch}", flush=True)
+    requests = f"{len(results) // frames} requests of {frames} frame{'s' if frames > 1 else ''}"
+    print(f"ok    batching: {requests}, {client.max_in_flight} in flight, {fps:.1f} FPS; {batch}", flush=True)
 
     fitting = (MAX_BODY_BYTES - json_size([])) // (json_size([image]) - json_size([]))
     fitting = max(1, min(fitting, info.max_frames, info.max_pixels // pixels(image)))
     smaller = ", larger clips are sent with half the width and height" if fitting < info.clip_frames else ""
     print(f"ok    request limit: {MAX_BODY_BYTES:,} bytes, a JSON batch of {fitting} such frames{smaller}", flush=True)
+
+
+def under_load(client: TorchServeClient, image: bytes, frames: int) -> tuple[list[Result], float]:
+    """Send requests of so many frames for some seconds; return the results, and how many there were a second."""
+    count = 2 * client.max_in_flight
+    while True:
+        begin = time.monotonic()
+        results = predict(client, image, count, frames)
+        elapsed_s = time.monotonic() - begin
+        if elapsed_s > MEASURED_S / 2:
+            return results, len(results) / elapsed_s
+        count = math.ceil(count * MEASURED_S / elapsed_s)  # At first the server is cold.
 
 
 def predict(client: TorchServeClient, image: bytes, count: int, frames_per_request: int) -> list[Result]:

@@ -32,8 +32,9 @@ END_S = 0.5  # of failed reads at the end of a stream
 SNAPSHOT_FPS = 1.0  # of a URL that returns one image
 
 MIN_WAIT_S = 0.002  # of a read that had to wait for its frame
-# A frame is buffered if FFmpeg read it while it opened the stream, and late if it waited too long to be read.
-State = Literal["current", "buffered", "late"]
+# A frame is buffered if FFmpeg read it while it opened the stream, late if it waited too long to be read, and skipped
+# if it is not due.
+State = Literal["current", "buffered", "late", "skipped"]
 Arrival = tuple[float, State]  # of a frame: when, time.monotonic() seconds
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ class LiveSource:
                 if held and state != "buffered":
                     yield held
                     held = None
+                if state == "skipped":
+                    continue
                 ok, pixels = (True, None) if state == "late" else capture.retrieve()
                 count += ok
                 if ok and state == "buffered":
@@ -141,7 +144,7 @@ class LiveSource:
             capture.release()
 
     def _sampled(self, arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
-        """Yield the arrivals that are due at the rate asked for."""
+        """Yield the arrivals; those that are not due at the rate asked for are skipped."""
         sampler = Sampler(self._camera.interval_s or 0.0)
         for captured_at, state in arrivals:
             if state == "buffered":
@@ -149,8 +152,7 @@ class LiveSource:
                 yield captured_at, state
                 continue
             self._learn_interval(captured_at)
-            if sampler.is_due(captured_at):
-                yield captured_at, state
+            yield captured_at, state if sampler.is_due(captured_at) else "skipped"
 
     def _grabs(self, capture: cv2.VideoCapture, stop: threading.Event) -> Iterator[Grab]:
         """Grab frame after frame. Raises SourceError if no frame comes."""

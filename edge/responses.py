@@ -29,12 +29,14 @@ WORKERS = "if the workers of the model can't start, TorchServe's logs/model_log.
 class ModelInfo:
     """What the server states of a model in the headers of its responses. The defaults are for one that states nothing.
 
+    runtime: what runs the network, and its precision.
     batch_size: of TorchServe, in requests.
     max_frames, max_pixels: of a request.
     clip_frames, frame_rate: of a clip, frames a second; a clip of one frame is a single image.
     """
 
     task: str = "image-classification"
+    runtime: str = ""
     batch_size: int = MAX_REQUEST_FRAMES
     max_frames: int = MAX_REQUEST_FRAMES
     max_pixels: int = MAX_REQUEST_PIXELS
@@ -62,7 +64,9 @@ class ModelInfo:
         clip = (clip_frames, frame_rate) if clip_frames > 1 and frame_rate > 0 else (1, 0.0)
         task = response.headers.get("X-Model-Task", "")
         named = task if re.fullmatch("[a-z-]{1,40}", task) else cls.task
-        return cls(named, batch_size, max_frames, max_pixels, *clip)
+        runtime = response.headers.get("X-Model-Runtime", "")
+        shown = runtime if re.fullmatch("[a-z0-9 ]{1,40}", runtime) else ""
+        return cls(named, shown, batch_size, max_frames, max_pixels, *clip)
 
 
 def parse_response(

@@ -34,12 +34,12 @@ def has_bf16() -> bool:
     return is_known or (cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text())
 
 
-def usable_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return what a network computes with on a device: fp32 instead of bf16 on a processor that has no bf16."""
+def usable_precision(precision: str, device: torch.device) -> str:
+    """Return the precision of a network on a device: fp32 instead of bf16 on a processor that has no bf16."""
     if precision == "bf16" and device.type == "cpu" and not has_bf16():
         log.warning("this processor has no bf16: the network runs in fp32, which is faster")
-        return torch.float32
-    return PRECISIONS[precision]
+        return "fp32"
+    return precision
 
 
 def device_of(gpu: int | None, runtime: str) -> torch.device:
@@ -73,10 +73,11 @@ class OpenVinoNetwork:
 
 def load_model(
     path: Path, settings: dict[str, Any], labels: int, task: Any, device: torch.device
-) -> tuple[Callable[[Any], Any], torch.dtype]:
-    """Return the model in the file of an archive, and the type of the batches that it takes."""
-    dtype = usable_dtype(settings["precision"], device)
+) -> tuple[Callable[[Any], Any], torch.dtype, str]:
+    """Return the model in the file of an archive, the type of the batches that it takes, and its precision here."""
+    precision = usable_precision(settings["precision"], device)
+    dtype = PRECISIONS[precision]
     if settings["runtime"] == "openvino":
-        return OpenVinoNetwork(path, dtype, settings["threads"]), torch.uint8
+        return OpenVinoNetwork(path, dtype, settings["threads"]), torch.uint8, precision
     network = load_network(settings["network"], torch.load(path, device, weights_only=True), labels)
-    return task.prepare(network).to(device, dtype), dtype
+    return task.prepare(network).to(device, dtype), dtype, precision

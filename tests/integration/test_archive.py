@@ -272,4 +272,4 @@ def test_what_was_done_to_weights_is_one_line(weights: Path, capsys: pytest.Capt
     assert changes.startswith(
         'checkpoint.pth: took the weights from "model"; removed the prefix "module."; converted float16'
     )
-    assert written == f"{Path('model_store', 'resnet-18.mar')}: resnet-18, 1000 classes, for frames"
+    assert written == f"{Path('model_store', 'resnet-18.mar')}: resnet-18, 1000 classes, pytorch fp32, for frames"

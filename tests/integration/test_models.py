@@ -65,9 +65,9 @@ def test_check_tests_each_model(tasks_node: Node, two_clips: list[Path]) -> None
     for model, text in zip(
         MODELS,
         (
-            r"image-classification: \S+ 0\.\d\d",
-            r"pose-estimation: \d+ persons?",
-            r"activity-recognition, clips of 16 frames at 15 frames/s: \S+ \d\.\d\d",
+            r"image-classification, pytorch fp32: \S+ 0\.\d\d",
+            r"pose-estimation, pytorch fp32: \d+ persons?",
+            r"activity-recognition, pytorch fp32, clips of 16 frames at 15 frames/s: \S+ \d\.\d\d",
         ),
         strict=True,
     ):

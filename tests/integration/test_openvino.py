@@ -155,7 +155,9 @@ def test_a_processor_without_bf16_runs_fp32(archives: Archives, clip: list[Pixel
     expected = reference(random_resnet18(1000), Image.open(io.BytesIO(image)))
     config = (PROJECT / "config.properties").read_text() + "\ndefault_workers_per_model=1\n"
     with torchserve(tmp_path, ["resnet-18"], config, no_bf16) as node:
-        answer = post(node, "resnet-18", image).json()
+        response = post(node, "resnet-18", image)
+    assert response.headers["X-Model-Runtime"] == "pytorch fp32"
+    answer = response.json()
     assert_equals_reference(answer, expected)
     # bf16 would be off by more.
     assert list(answer.values()) == pytest.approx(expected.topk(5).values.tolist(), abs=1e-5)

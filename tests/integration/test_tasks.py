@@ -183,6 +183,7 @@ def test_every_response_says_what_a_client_has_to_know(
     for response in (accepted, bad, refused):
         assert {name: value for name, value in response.headers.items() if name.startswith("X-Model-")} == {
             "X-Model-Task": task,
+            "X-Model-Runtime": "pytorch fp32",
             "X-Model-Clip-Frames": clip_frames,
             "X-Model-Frame-Rate": frame_rate,
             "X-Model-Max-Frames": str(most),

@@ -66,6 +66,25 @@ def test_rejection_says_why_the_token_was_not_replaced(token: BearerToken, key_f
     assert str(token.rejection("http://a", response)).endswith(expected)
 
 
+def test_empty_file_has_no_token_yet(key_file: Path) -> None:
+    """TorchServe creates it some 0.1 s before it writes its keys."""
+    content = key_file.read_text()
+    key_file.write_text("")
+    token = BearerToken(key_file, "http://127.0.0.1:8081", Timing())
+    token.load()
+    request = requests.Request("POST", "http://127.0.0.1/predictions/m", auth=token).prepare()
+    assert "Authorization" not in request.headers
+    response = requests.Response()
+    response.status_code, response.request = 400, request
+    assert not token.refresh(response), "and no renewal"
+    text = str(token.rejection("http://127.0.0.1", response))
+    assert text.startswith("http://127.0.0.1 requires a token: ")
+    assert text.endswith(f" ({key_file} is empty)")
+    key_file.write_text(content)
+    assert token.refresh(response)
+    assert token.problem == ""
+
+
 @pytest.mark.parametrize("status", [400, 401])
 def test_file_is_read_again_before_a_renewal(token: BearerToken, key_file: Path, status: int) -> None:
     key_file.write_text('{"inference": {"key": "new"}, "API": {"key": "api"}}')

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import cv2
@@ -160,6 +160,25 @@ def test_frame_that_the_network_delayed_is_no_late_frame(
 
     monkeypatch.setattr(slow_decoder, "grab", grab)
     assert all(frame.jpeg for frame in read(Camera("rtsp://camera/live"), 100))
+
+
+def test_low_rate_delays_no_frame(
+    slow_decoder: type[SlowDecoder], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FFmpeg reads 10 frames while it opens the stream; the newest of them is the first frame."""
+    monkeypatch.setattr("time.thread_time", lambda: 0.0)
+
+    def grab(capture: SlowDecoder) -> bool:
+        capture.number += 1
+        clock.now = max(clock.now + 0.001, capture.opened_at + (capture.number - 10) / 25)
+        return True
+
+    monkeypatch.setattr(slow_decoder, "grab", grab)
+    frames, captured_at = Camera("rtsp://camera/live", fps=0.2).frames(threading.Event()), []
+    for _ in range(3):
+        captured_at.append(next(frames).captured_at)
+        assert clock.now - captured_at[-1] < 0.1
+    assert [after - before for before, after in pairwise(captured_at)] == pytest.approx([5, 5], abs=1.6)
 
 
 def test_slow_time_stamps_are_no_slow_decoder(

@@ -37,6 +37,7 @@ def test_a_server_states_what_its_model_needs() -> None:
     made = response(
         {},
         Task="activity-recognition",
+        Runtime="openvino bf16",
         Batch_Size="1",
         Max_Frames="200",
         Max_Pixels="33177600",
@@ -44,10 +45,11 @@ def test_a_server_states_what_its_model_needs() -> None:
         Frame_Rate="15.0",
     )
     info = ModelInfo.of(made)
-    assert info == ModelInfo("activity-recognition", 1, 200, 33_177_600, 16, 15.0)
+    assert info == ModelInfo("activity-recognition", "openvino bf16", 1, 200, 33_177_600, 16, 15.0)
     assert info.interval_s == pytest.approx(1 / 15)
     assert ModelInfo.of(response({})) == ModelInfo()
     assert ModelInfo().interval_s == 0.0
+    assert ModelInfo.of(response({}, Runtime="int8\x1b[2J")).runtime == ""
 
 
 @pytest.mark.parametrize("value", ["", "-1", "1e9", "99999", "nan", "inf", "0", "sixteen", "1;2"])

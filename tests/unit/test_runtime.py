@@ -12,7 +12,7 @@ from PIL import Image
 from archive.conversion import Agreement, parts_of
 from server import runtime
 from server.images import open_image, to_rgb
-from server.runtime import device_of, has_bf16, usable_dtype
+from server.runtime import device_of, has_bf16, usable_precision
 
 CPU = torch.device("cpu")
 
@@ -71,13 +71,10 @@ def test_bf16_is_replaced_on_a_processor_without_it_only(
 ) -> None:
     monkeypatch.setattr(runtime, "has_bf16", lambda: False)
     gpu = torch.device("cuda:0")
-    assert [usable_dtype(each, gpu) for each in ("fp32", "bf16", "int8")] == [
-        torch.float32,
-        torch.bfloat16,
-        torch.float32,
-    ]
+    precisions = ["fp32", "bf16", "int8"]
+    assert [usable_precision(each, gpu) for each in precisions] == precisions
     assert caplog.messages == []
-    assert usable_dtype("bf16", CPU) == torch.float32
+    assert [usable_precision(each, CPU) for each in precisions] == ["fp32", "fp32", "int8"]
     assert caplog.messages == ["this processor has no bf16: the network runs in fp32, which is faster"]
 
 
