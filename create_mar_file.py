@@ -169,7 +169,7 @@ def new_parser() -> argparse.ArgumentParser:
     text = "of the network: bf16 is faster if the processor has it; int8, of openvino, if it has VNNI or AMX"
     add("--precision", choices=["fp32", "bf16", "int8"], default="fp32", help=f"{text} (default: %(default)s)")
     text = "of int8: a video of your camera, from which the ranges of the values are learned; may be repeated"
-    add("--calibrate", type=Path, action="append", metavar="VIDEO", help=text)
+    add("--calibrate", type=video, action="append", metavar="VIDEO", help=text)
     text = f"of int8: write the archive also if less than {100 * MIN_AGREEMENT:.0f} %% of the first labels are the same"
     add("--force", action="store_true", help=text)
     text = f"of pose estimation: how certain a person must be to be in the answer, from 0 to 1 (default: {MIN_SCORE})"
@@ -183,6 +183,13 @@ def new_parser() -> argparse.ArgumentParser:
     )
     add("--labels", type=Path, metavar="FILE", help=text)
     return parser
+
+
+def video(text: str) -> Path:
+    if "://" in text:
+        advice = "record some minutes of the camera, ffmpeg -i ADDRESS -t 600 -c copy FILE"
+        raise argparse.ArgumentTypeError(f"expected a video file, got an address: {advice}")
+    return Path(text)
 
 
 def score(text: str) -> float:

@@ -16,6 +16,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from archive.errors import ArchiveError
+from edge.errors import SourceError
+from edge.sources import open_file
 from server.images import to_rgb
 from server.runtime import OpenVinoNetwork
 
@@ -130,11 +132,12 @@ def clips_of(video: Path, task: Any, count: int) -> Iterator[tuple[int, list[byt
 
     Raises ArchiveError if it can't be read.
     """
-    capture = cv2.VideoCapture(str(video.absolute()), cv2.CAP_FFMPEG)
+    try:
+        capture = open_file(str(video))
+    except SourceError as error:
+        raise ArchiveError(f"can't calibrate: {error}") from error
     try:
         stated, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
-        if not capture.isOpened():
-            raise ArchiveError(f"can't read {video}: expected a video of your camera")
         if stated < 1:
             raise ArchiveError(f"{video} states no number of frames: have ffmpeg -c copy write it as .mp4")
         step = max(1, round(fps / task.frame_rate)) if task.frame_rate else 1

@@ -92,7 +92,12 @@ def test_int8_that_differs_from_fp32_is_written_by_force_only(
 @pytest.mark.usefixtures("own_directory")
 @pytest.mark.parametrize(
     ("video", "problem"),
-    [("missing.mp4", "can't read"), ("text.mp4", "can't read"), ("short.mp4", "too short"), ("image.jpg", "too short")],
+    [
+        ("missing.mp4", "no such file"),
+        ("text.mp4", "is no video that OpenCV can read"),
+        ("short.mp4", "too short"),
+        ("image.jpg", "too short"),
+    ],
 )
 def test_what_can_not_calibrate_is_one_line(
     capsys: pytest.CaptureFixture[str], clip: list[Pixels], video: str, problem: str
