@@ -226,7 +226,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that nothing half-written is left behind.
+    for name in ("SIGTERM", "SIGHUP"):  # So that nothing half-written is left behind. Windows has no SIGHUP.
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         labels = read_labels(args.labels) if args.labels else trained_labels(args.model)
         weights = args.weights or trained_weights(args.model)

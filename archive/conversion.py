@@ -112,13 +112,15 @@ def quantize(model: Any, task: Any, videos: Sequence[Path], min_edge: int) -> tu
 
 
 def sensitive_layers(model: Any) -> list[str]:
-    """Return the layers that stay in fp32: the first and the last one, and depthwise convolutions.
+    """Return the layers that stay in fp32: the first and the last one; depthwise convolutions, and the layers before.
 
-    They lose most by rounding, and are a small part of the arithmetic.
+    They lose most by rounding. Of a network with depthwise convolutions the first third of the layers does, too: each
+    of their few channels has another range.
     """
     layers = [each for each in model.get_ordered_ops() if each.get_type_name() in ("Convolution", "MatMul")]
     depthwise = [each for each in model.get_ordered_ops() if each.get_type_name() == "GroupConvolution"]
-    return [each.get_friendly_name() for each in (layers[0], layers[-1], *depthwise)]
+    first = layers[: len(layers) // 3] if depthwise else layers[:1]
+    return [each.get_friendly_name() for each in (*first, layers[-1], *depthwise)]
 
 
 def parts_of(count: int) -> list[int]:
@@ -142,23 +144,24 @@ def clips_of(video: Path, task: Any, count: int) -> Iterator[tuple[int, list[byt
             raise ArchiveError(f"{video} states no number of frames: have ffmpeg -c copy write it as .mp4")
         step = max(1, round(fps / task.frame_rate)) if task.frame_rate else 1
         count = min(count, max(1, stated // (task.clip_frames * step)))
-        place, clip = 0, list[bytes]()  # place: in the video, frames
+        place = clips = 0  # place: in the video, frames
         for number, part in enumerate(parts_of(count)):
             start = number * stated // count
             if start - place > MAX_SKIPPED:
                 capture.set(cv2.CAP_PROP_POS_FRAMES, start)
             else:
                 _ = [capture.grab() for _ in range(start - place)]
-            place, clip = start + task.clip_frames * step, []
+            place, clip = start + task.clip_frames * step, list[bytes]()
             for index in range(task.clip_frames * step):
                 is_due = index % step == 0
                 ok, pixels = capture.read() if is_due else (capture.grab(), None)
                 if ok and pixels is not None:
                     clip.append(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
             if len(clip) == task.clip_frames:
+                clips += 1
                 yield part, clip
-        if not clip:
-            raise ArchiveError(f"{video}: its frames can't be decoded (or there are less than the {stated} it states)")
+        if not clips:  # Many files state more frames than they have.
+            raise ArchiveError(f"{video}: none of its {stated} frames can be decoded")
     finally:
         capture.release()
 

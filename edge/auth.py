@@ -23,10 +23,13 @@ class BearerToken(AuthBase):
 
     It comes from `token_file` if given, else from the environment variable TORCHSERVE_TOKEN, else from the
     key_file.json that TorchServe writes where it is started. Without any of them no token is sent.
+
+    is_awaited: the file is empty. TorchServe, while it starts, creates it some 0.1 s before it writes its keys.
     """
 
     def __init__(self, token_file: Path | None, management_url: str | None, timing: Timing) -> None:
         self.source = self.problem = ""
+        self.is_awaited = False
         self._token_file = token_file
         self._management_url = management_url
         self._timing = timing
@@ -44,8 +47,9 @@ class BearerToken(AuthBase):
         else:
             try:
                 text = path.read_text(encoding="utf-8")
-                if not text:  # TorchServe, while it starts, writes its keys some 0.1 s after it has created the file.
-                    self.problem = f"{path} is empty"
+                self.is_awaited = not text.strip()
+                if self.is_awaited:
+                    self.problem = f"{path} is empty: TorchServe has not written its keys"
                     return
                 keys = json.loads(text)
                 token = str(keys["inference"]["key"])
@@ -113,6 +117,8 @@ class BearerToken(AuthBase):
         problem = f"{url} rejects the token from {self.source}" if self.source else f"{url} requires a token"
         if response.status_code == requests.codes.unauthorized:
             advice = "set TORCHSERVE_TOKEN to a token of the proxy, without the word Bearer"
+        elif self.is_awaited:
+            advice = "see its logs, or pass another file as --token-file FILE"
         elif self.source:
             advice = "it belongs to another server, or has expired (TorchServe's inference keys live for 60 minutes, "
             advice += "unless token_expiration_min is set; a restart writes new ones into its key_file.json)"

@@ -74,7 +74,7 @@ class ChangeFilter:
         self._reference: Frame | None = None  # the last one that was sent
         self._unsent_s = 0.0  # after which the next one is sent, whatever it shows
         self._sent = set[int]()  # the numbers of the reference, and of the other frames of its clip
-        self._time_s = -math.inf  # of the frame before
+        self._time_s = self._captured_at = -math.inf  # of the frame before
         self._lock = threading.Lock()
 
     def is_unchanged(self, frame: Frame) -> bool:
@@ -83,11 +83,13 @@ class ChangeFilter:
             return False
         with self._lock:
             reference, before_s, self._time_s = self._reference, self._time_s, frame.time_s
+            interval_s = max(frame.time_s - before_s, frame.captured_at - self._captured_at)
+            self._captured_at = frame.captured_at
             is_repeated = frame.position_s is not None and frame.time_s < before_s
             if reference is None or frame.is_first or is_repeated:
                 self._sent = set()
             elif len(self._sent) >= self._clip_frames:
-                if not self._is_new(reference, frame, frame.time_s - before_s):
+                if not self._is_new(reference, frame, interval_s):
                     return True
                 self._sent = set()
             self._sent.add(frame.number)

@@ -44,7 +44,8 @@ class ContentCheck:
         now = frame.captured_at
         # A small JPEG of low quality has no noise, a sample of the pixels may miss the change of a few.
         last = frame.jpeg, zlib.crc32(pixels[::SAMPLED, ::SAMPLED].tobytes())
-        if last != self._last or frame.is_first:
+        is_other = last != self._last
+        if is_other or frame.is_first:
             self._same_since, self._same_frames = now, 0
         self._last, self._same_frames = last, self._same_frames + 1
         if now - self._tested_at >= TEST_INTERVAL_S or frame.is_first:
@@ -58,11 +59,12 @@ class ContentCheck:
         else:
             self._problem_since = since
             self._state = "frozen" if self._black_since == math.inf else "black"
-        self._report(now)
+        self._report(now, is_other and self._black_since == math.inf)
         return self._state
 
-    def _report(self, now: float) -> None:
-        if self._state == "live" and self._is_reported:
+    def _report(self, now: float, is_good: bool) -> None:
+        """Report a problem or its end. is_good: of the frame; a camera that was lost may return with the same image."""
+        if self._state == "live" and self._is_reported and is_good:
             self._is_reported = False
             log.warning("%s: the camera is live again after %.1f s", self._name, now - self._problem_since)
         elif self._state != "live" and not self._is_reported and now - self._reported_at >= self._timing.report_s:

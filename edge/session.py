@@ -72,7 +72,7 @@ class RetrySession(requests.Session):
     retry_timeout_s: how long after its first failure a request is retried.
     is_streaming: the server has responded to the test image. From then on a rejected token that can't be replaced is
         retried, too: a proxy may get to know a new token later than this device. Before that it is an error of the
-        user, and no attempt lasts longer than the time that is left.
+        user, unless the key file is still empty, and no attempt lasts longer than the time that is left.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class RetrySession(requests.Session):
             except requests.RequestException as caught:
                 error, cause = caught, root_cause(caught)
             is_rejected = response is not None and is_auth_error(response)
-            if not (self.is_streaming if is_rejected else is_transient(response, error)):
+            may_get_token = self.is_streaming or self._token.is_awaited
+            if not (may_get_token if is_rejected else is_transient(response, error)):
                 if response is not None and not is_rejected:
                     self._health.record_success()
                 break

@@ -81,6 +81,25 @@ def test_worker_that_cannot_start(
         assert fails.endswith("if the workers of the model can't start, TorchServe's logs/model_log.log has the cause")
 
 
+@pytest.mark.parametrize("fake", ["good"], indirect=True)
+@pytest.mark.parametrize("behaviour", ["503", "resets", "some fail"])
+def test_check_ends_if_the_server_fails_while_it_is_measured(
+    fake: FakeServer, behaviour: str, capsys: pytest.CaptureFixture[str], stop: threading.Event
+) -> None:
+    """A fast server gets hundreds of requests: they are not all tried in vain."""
+
+    def fail() -> None:
+        wait_until(lambda: fake.frames_asked > 50)
+        fake.behaviour = behaviour
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    assert check([], parse_args(["--url", fake.url, "--check"]), stop, Timing(check_s=0.2)) == 4
+    thread.join()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL  server: no prediction: ")
+    assert fake.frames_asked < 1000
+
+
 @pytest.mark.parametrize("fake", ["at most 20000"], indirect=True)
 def test_check_fails_if_the_server_accepts_no_such_frame(fake: FakeServer, tmp_path: Path) -> None:
     done = run("request.py", "--check", "--url", fake.url, cwd=tmp_path)

@@ -79,10 +79,11 @@ def test_empty_file_has_no_token_yet(key_file: Path) -> None:
     assert not token.refresh(response), "and no renewal"
     text = str(token.rejection("http://127.0.0.1", response))
     assert text.startswith("http://127.0.0.1 requires a token: ")
-    assert text.endswith(f" ({key_file} is empty)")
+    assert text.endswith(f" ({key_file} is empty: TorchServe has not written its keys)")
+    assert token.is_awaited
     key_file.write_text(content)
     assert token.refresh(response)
-    assert token.problem == ""
+    assert (token.problem, token.is_awaited) == ("", False)
 
 
 @pytest.mark.parametrize("status", [400, 401])

@@ -272,6 +272,12 @@ def test_one_frame_in_10_s_is_sent_if_there_is_one(interval_s: float) -> None:
     assert min(gaps_s) >= min(10.0 - interval_s, 7.0) or interval_s > 5
 
 
+def test_file_that_is_played_slowly_sends_one_frame_in_10_s_too() -> None:
+    still = [frame(number, at=6.67 * number, position_s=number / 25) for number in range(50)]
+    numbers = sent(ChangeFilter(0.5, ModelInfo()), still)
+    assert numbers == list(range(50))
+
+
 def test_slow_camera_sends_whole_clips_too() -> None:
     """A clip takes longer than a still scene may be without a frame that is sent."""
     clips = ChangeFilter(0.5, ModelInfo(clip_frames=16))

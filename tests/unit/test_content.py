@@ -95,6 +95,24 @@ def test_time_of_a_loss_does_not_count(watch: Watch) -> None:
             assert watch.check.check(frame, pixels) == "live"
 
 
+@pytest.mark.parametrize("problem", ["frozen", "black"])
+def test_camera_that_returns_as_it_was_lost_is_not_reported_as_live(
+    problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    check, dark = ContentCheck("roof", Timing()), Sensor(6.0, size=SIZE)
+
+    def state_at(second: int, is_good: bool = False) -> str:
+        bad = dark.photo(np.full_like(SCENE, 8)) if problem == "black" else STILL
+        pixels = changing() if is_good else bad
+        return check.check(Frame(CAMERA, second, second, jpeg(pixels), is_first=second == 100), pixels)
+
+    assert [state_at(second) for second in (*range(12), *range(100, 113))].count(problem) == 2 + 3
+    assert len(caplog.messages) == 1
+    assert state_at(114, is_good=True) == state_at(116, is_good=True) == "live"
+    assert len(caplog.messages) == 2
+    assert "live again" in caplog.messages[1]
+
+
 def test_black_camera_is_reported_and_so_is_its_end(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
     dark = Sensor(6.0, size=SIZE)
     for pixels in [changing() for _ in range(20)] + [dark.photo(np.full_like(SCENE, 8)) for _ in range(75)]:

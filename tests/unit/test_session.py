@@ -232,3 +232,11 @@ def test_a_rejected_token_is_retried_only_after_the_start(health: ServerHealth, 
     assert clock.now == pytest.approx(103.0)
     assert server.attempts > 4
     assert health.last_error == "401"
+
+
+def test_a_start_waits_while_torchserve_writes_its_keys(health: ServerHealth, clock: Clock, stop: Stop) -> None:
+    server = Server(clock, 401, 401, 401, 200)
+    session = new_session(health, server, stop)
+    session._token.is_awaited = True
+    assert session.get(URL).status_code == 200
+    assert server.attempts == 4
