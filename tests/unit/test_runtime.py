@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import skimage.data
 import torch
 from PIL import Image
 
-from archive.conversion import Agreement, parts_of
+from archive.conversion import Agreement, clips_of, parts_of
+from archive.errors import ArchiveError
 from server import runtime
 from server.images import open_image, to_rgb
 from server.runtime import device_of, has_bf16, usable_precision
+from tests.support.frames import CLIP
 
 CPU = torch.device("cpu")
 
@@ -97,6 +100,16 @@ def test_half_of_each_video_calibrates(count: int) -> None:
     assert parts == sorted(parts)
     assert count // 3 <= sum(part % 2 for part in parts) <= count // 2
     assert set(parts) == set(range({1: 1, 2: 2, 3: 2, 5: 4}.get(count, 10)))
+
+
+def test_video_that_states_more_frames_than_it_has_calibrates(tmp_path: Path) -> None:
+    """A cut file, and many intact ones: the sound goes on, or the format states no number."""
+    (video := tmp_path / "cut.mp4").write_bytes(CLIP.read_bytes()[:300_000])
+    frames = SimpleNamespace(clip_frames=1, frame_rate=0.0)
+    assert 50 < len(list(clips_of(video, frames, 200))) < 200
+    video.write_bytes(CLIP.read_bytes()[:20_000])  # not a single frame
+    with pytest.raises(ArchiveError, match="none of its 375 frames can be decoded"):
+        list(clips_of(video, frames, 20))
 
 
 def test_agreement_is_good_from_95_percent_on() -> None:
