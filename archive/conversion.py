@@ -112,10 +112,10 @@ def quantize(model: Any, task: Any, videos: Sequence[Path], min_edge: int) -> tu
 
 
 def sensitive_layers(model: Any) -> list[str]:
-    """Return the layers that stay in fp32: the first and the last one; depthwise convolutions, and the layers before.
+    """Return the layers that stay in fp32, since they lose most by rounding.
 
-    They lose most by rounding. Of a network with depthwise convolutions the first third of the layers does, too: each
-    of their few channels has another range.
+    The first and the last layer; of a network with depthwise convolutions these, too, and the first third of the
+    layers, whose few channels have different ranges.
     """
     layers = [each for each in model.get_ordered_ops() if each.get_type_name() in ("Convolution", "MatMul")]
     depthwise = [each for each in model.get_ordered_ops() if each.get_type_name() == "GroupConvolution"]
